@@ -1,0 +1,25 @@
+"""Tensor-parallel Keras on PyTorch. The tour of the package is `keras_tp/api.py`."""
+
+from keras_tp import backend  # noqa: F401, first: it picks torch before Keras is imported
+from keras_tp.api import full_weights, local_shapes, parallelize, plan
+from keras_tp.data import DataSharder
+from keras_tp.errors import LayoutError, LayoutWarning
+from keras_tp.mesh import device_mesh, initialize
+from keras_tp.plans import LayerPlan, Plan, VariablePlan
+from keras_tp.version import __version__
+
+__all__ = [
+    "DataSharder",
+    "LayerPlan",
+    "LayoutError",
+    "LayoutWarning",
+    "Plan",
+    "VariablePlan",
+    "__version__",
+    "device_mesh",
+    "full_weights",
+    "initialize",
+    "local_shapes",
+    "parallelize",
+    "plan",
+]

@@ -1,0 +1,108 @@
+"""The tour: every public function, each a few lines that name what does the work.
+
+plan         reads the model and the layout map, decides everything, touches nothing
+parallelize  obeys a plan
+local_shapes, full_weights   look at the result
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from keras_tp.backend import require_torch
+from keras_tp.errors import LayoutError
+from keras_tp.planner import make_plan
+from keras_tp.plans import Plan
+from keras_tp.variables import local_tensor, walk_layers, whole_numpy
+from keras_tp.wrapper import apply_plan, check_new
+
+
+def plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
+    """Decides how `model` will be sharded, without touching it.
+
+    Pure: needs no process group and no device, and plans for any number of
+    ranks. `print` it for a table, `to_dict()` for JSON.
+
+    Args:
+        model: a built Keras model.
+        layout_map: a `keras.distribution.LayoutMap`, patterns of variable paths
+            to one mesh axis or None per dim.
+        strict: make a pattern that matches nothing an error, not a warning.
+
+    Raises:
+        LayoutError: every problem of the layout map at once: unknown axes, wrong
+            numbers of entries, two patterns for one variable, an unbuilt model.
+
+    Example:
+        >>> mesh = keras_tp.device_mesh({"batch": 1, "model": 2})
+        >>> layout_map = keras.distribution.LayoutMap(mesh)
+        >>> layout_map[".*dense.*kernel"] = (None, "model")
+        >>> print(keras_tp.plan(model, layout_map))
+    """
+    require_torch()
+    return make_plan(model, layout_map, strict=strict)
+
+
+def parallelize(
+    model: Any, layout_map: Any = None, *, plan: Plan | None = None, strict: bool = False
+) -> Any:
+    """Makes `model` compute tensor-parallel over the ranks of the job, in place.
+
+    Every rank calls it on the same model (collective). Afterwards each variable
+    of the model, and each optimizer slot made before or later, stores this
+    rank's shard, with the first rank's values; `fit`, `evaluate`, `predict` and
+    direct calls take and give whole batches, the same on every rank, and give
+    the numbers of one process. Every rank also takes over the first one's
+    random state (Python, NumPy, torch), so that shuffling and dropout agree.
+
+    Joins the process group if need be (`keras_tp.initialize`). After an error
+    the model is as it was.
+
+    Args:
+        model: a built Keras model, compiled or not.
+        layout_map: as for `keras_tp.plan`.
+        plan: a plan of this model, instead of a layout map.
+        strict: as for `keras_tp.plan`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        LayoutError: as for `keras_tp.plan`; also a mesh that does not fit the
+            job, ranks that disagree, a model that is parallelized already, an
+            optimizer that would not give the same numbers on shards.
+    """
+    require_torch()
+    if (layout_map is None) == (plan is None):
+        raise LayoutError(
+            "give either a layout map or a plan.", where="parallelize(model, layout_map, plan=...)"
+        )
+    check_new(model, walk_layers(model))
+    return apply_plan(model, plan or make_plan(model, layout_map, strict=strict))
+
+
+def local_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of what this rank stores of every variable, by path. No communication."""
+    return {path: tuple(local_tensor(v).shape) for path, v in _by_path(model)}
+
+
+def full_weights(model: Any) -> dict[str, np.ndarray]:
+    """The full value of every variable, by path.
+
+    Collective: every rank of the job must call it, and each gets all of them,
+    one all-gather per sharded variable and axis. Of a model that is not
+    parallelized it gives the values.
+    """
+    return {path: whole_numpy(v) for path, v in _by_path(model)}
+
+
+def _by_path(model: Any) -> list[tuple[str, Any]]:
+    """Variables by path; a path that comes again gets `#2`, `#3`, ..."""
+    seen: dict[str, int] = {}
+    named = []
+    for v in {id(v): v for owner in walk_layers(model) for v in owner.variables}.values():
+        seen[v.path] = seen.get(v.path, 0) + 1
+        named.append((v.path if seen[v.path] == 1 else f"{v.path}#{seen[v.path]}", v))
+    return named

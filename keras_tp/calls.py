@@ -1,0 +1,187 @@
+"""What takes the place of a layer's `call` once its weights are shards.
+
+Keras's `Layer.__call__` goes on as ever (masks, dtypes, autocast, losses) and
+ends in one of these instead of the class's own `call`. Where Keras only asks
+for shapes, the class's own `call` runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import torch
+from keras import ops
+
+from keras_tp.collectives import Axis
+from keras_tp.errors import LayoutWarning
+from keras_tp.layouts import chunk_bounds
+from keras_tp.plans import StylePlan
+from keras_tp.variables import ShardedVariable, gathered_once, is_symbolic
+
+
+class Stage:
+    """What a style does along one axis to a `ShardCall`; here nothing, in each place.
+
+    Attributes:
+        axis: where, set when the style is applied.
+        plan: what was decided.
+    """
+
+    axis: Axis
+
+    def __init__(self, plan: StylePlan):
+        self.plan = plan
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as the computation wants it."""
+        return x
+
+    def combine(self, y: torch.Tensor) -> torch.Tensor:
+        """The bare result, before bias and activation, made a value from summands."""
+        return y
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """The output as the next layer wants it."""
+        return y
+
+
+class ShardCall:
+    """A layer's computation on shards, with one stage per mesh axis.
+
+    Args:
+        layer: a built layer whose class's `call` is still its own.
+        weights: names of the layer's weights; the first is the one whose layout
+            decided the styles.
+    """
+
+    def __init__(self, layer: Any, weights: tuple[str, ...]):
+        self.layer = layer
+        self.original = layer.call
+        self.weights = {name: getattr(layer, name) for name in weights}
+        self.stages: list[Stage] = []
+
+    def add(self, stage: Stage) -> None:
+        self.stages.append(stage)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The weight as the computation wants it: a shard along some axes, whole along others."""
+        variable = self.weights[name]
+        if not isinstance(variable, ShardedVariable):
+            return variable.value
+        keep = {stage.axis.name for stage in self.stages if name in stage.plan.local}
+        return variable.whole(keep)
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_symbolic():
+            return self.original(inputs, *args, **kwargs)
+        if any(getattr(self.layer, name) is not v for name, v in self.weights.items()):
+            # LoRA or quantization came after the plan. The class's own call is
+            # right, because sharded weights read inside it are gathered.
+            warnings.warn(
+                f"'{self.layer.path}' computes with other weights than it was planned with; they "
+                "are gathered for each call. Change a layer before keras_tp.parallelize.",
+                LayoutWarning,
+                stacklevel=2,
+            )
+            return self.original(inputs, *args, **kwargs)
+        return self.compute(inputs)
+
+    def compute(self, inputs: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ContractionCall(ShardCall):
+    """`activation(contract(x, kernel) + bias)`: Dense and EinsumDense."""
+
+    def compute(self, inputs: torch.Tensor) -> torch.Tensor:
+        x, layer = inputs, self.layer
+        for stage in self.stages:
+            x = stage.enter(x)
+        if isinstance(layer, keras.layers.EinsumDense):
+            y = ops.einsum(layer.equation, x, self.read("kernel"))
+        else:
+            y = ops.matmul(x, self.read("kernel"))
+        for stage in self.stages:
+            y = stage.combine(y)
+        # A bias that is cut like the output is added to the shard, a whole one
+        # to the gathered output; either way once, and after the reduction. The
+        # activation sees what leaves the layer, so that it may be any (softmax).
+        for stage in self.stages:
+            if "bias" not in stage.plan.local:
+                y = stage.leave(y)
+        if "bias" in self.weights:
+            y = ops.add(y, self.read("bias"))
+        for stage in self.stages:
+            if "bias" in stage.plan.local:
+                y = stage.leave(y)
+        return y if layer.activation is None else layer.activation(y)
+
+
+class LookupCall(ShardCall):
+    """`take(embeddings, ids, axis=0)`: Embedding.
+
+    Along an axis that cuts the vocabulary a rank looks up the ids it has and
+    puts zeros for the others, so that the sum over the ranks is the lookup
+    (Megatron-LM's vocabulary-parallel embedding).
+    """
+
+    def compute(self, inputs: torch.Tensor) -> torch.Tensor:
+        table = self.read("embeddings")
+        ids = ops.cast(inputs, "int64")
+        cut = next((s.axis for s in self.stages if s.plan.name == "vocabulary"), None)
+        y = ops.take(table, ids, axis=0) if cut is None else self._take_shard(table, ids, cut)
+        # Cast before the reduction: all but one summand are zeros, so it stays exact.
+        y = ops.cast(y, self.layer.compute_dtype)
+        for stage in self.stages:
+            y = stage.leave(stage.combine(y))
+        return y
+
+    def _take_shard(self, table: torch.Tensor, ids: torch.Tensor, axis: Axis) -> torch.Tensor:
+        total = self.layer.input_dim
+        ids = torch.where(ids < 0, ids + total, ids)
+        torch._assert_async(
+            ((ids >= 0) & (ids < total)).all(),
+            f"'{self.layer.path}' was given an id outside its vocabulary of {total}",
+        )
+        start, count = chunk_bounds(total, axis.size, axis.rank)
+        mine = (ids >= start) & (ids < start + count)
+        if count == 0:  # nothing to look up; the table still takes part in the gradient
+            return table.sum() + table.new_zeros((*ids.shape, table.shape[1]))
+        rows = torch.nn.functional.embedding(torch.where(mine, ids - start, 0), table)
+        return rows.masked_fill(~mine.unsqueeze(-1), 0)
+
+
+class GatheredCall:
+    """The class's own `call`, around which each sharded weight is gathered at most once."""
+
+    def __init__(self, layer: Any, variables: list[ShardedVariable]):
+        self.original = layer.call
+        self.variables = variables
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_symbolic():
+            return self.original(*args, **kwargs)
+        with gathered_once(self.variables):
+            return self.original(*args, **kwargs)
+
+
+_CALLS: dict[type, Callable[[Any], ShardCall]] = {
+    keras.layers.Dense: lambda layer: ContractionCall(layer, _weights(layer)),
+    keras.layers.EinsumDense: lambda layer: ContractionCall(layer, _weights(layer)),
+    keras.layers.Embedding: lambda layer: LookupCall(layer, ("embeddings",)),
+}
+
+
+def _weights(layer: Any) -> tuple[str, ...]:
+    return ("kernel",) if layer.bias is None else ("kernel", "bias")
+
+
+def shard_call(layer: Any) -> ShardCall:
+    """The layer's computation on shards, put in place of its `call` on first use."""
+    if not isinstance(layer.call, ShardCall):
+        make = next(make for cls, make in _CALLS.items() if isinstance(layer, cls))
+        layer.call = make(layer)
+    return layer.call

@@ -1,0 +1,148 @@
+"""Communication that autograd understands: copy, reduce, gather, split.
+
+Each runs along one mesh axis on plain local tensors. They come in dual pairs,
+the backward of one being the forward of the other, so that gradients of
+gradients are right as well:
+
+    copy   (identity)    <->  reduce (all-reduce)
+    gather (all-gather)  <->  split  (slice)
+
+The pairs are Megatron-LM's f and g and their gather/scatter relatives
+(Shoeybi et al. 2019, section 3). On an axis of one rank each is the identity
+and costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from keras_tp.layouts import chunk_bounds
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis as this rank sees it.
+
+    Attributes:
+        name: the axis name.
+        group: process group of the ranks along the axis that include this one.
+        size: number of those ranks.
+        rank: this rank's index among them.
+    """
+
+    name: str
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, name: str) -> Axis:
+        return cls(name, mesh.get_group(name), mesh[name].size(), mesh.get_local_rank(name))
+
+
+def copy(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """`x`, replicated, for use on sharded weights: its gradient is all-reduced.
+
+    Args:
+        x: any shape, the same on every rank of the axis.
+    """
+    return x if axis.size == 1 else _Copy.apply(x, axis)
+
+
+def reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Sum of `x` over the ranks of the axis (one all-reduce); the gradient passes through.
+
+    Args:
+        x: partial values, the same shape on every rank.
+    """
+    return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
+    """The shards `x` of every rank joined along `dim` (one all-gather).
+
+    The gradient is the slice that belongs to this rank: every rank goes on to
+    compute the same, so each holds the full gradient.
+
+    Args:
+        x: this rank's chunk along `dim`, cut by `chunk_bounds`; may be empty.
+        dim: negative counts from the end.
+        total: size of `dim` in the result.
+    """
+    return x if axis.size == 1 else _Gather.apply(x, dim % x.dim(), total, axis)
+
+
+def split(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    """This rank's chunk of `x` along `dim`, free; the gradient is all-gathered.
+
+    Args:
+        x: replicated over the axis.
+        dim: negative counts from the end.
+    """
+    return x if axis.size == 1 else _Split.apply(x, dim % x.dim(), axis)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Reduce.apply(grad, ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, group=axis.group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Copy.apply(grad, ctx.axis), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return _all_gather(x, dim, total, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Split.apply(grad, ctx.dim, ctx.axis), None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+        ctx.dim, ctx.total, ctx.axis = dim, x.shape[dim], axis
+        return x.narrow(dim, *chunk_bounds(x.shape[dim], axis.size, axis.rank)).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Gather.apply(grad, ctx.dim, ctx.total, ctx.axis), None, None
+
+
+def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
+    # Chunks of torch.chunk's rule differ only at the end; they travel padded to
+    # the first one's size because gloo and NCCL want equal sizes.
+    sizes = [chunk_bounds(total, axis.size, rank)[1] for rank in range(axis.size)]
+    assert x.shape[dim] == sizes[axis.rank], (x.shape, dim, total, axis.rank)
+    if x.shape[dim] < sizes[0]:
+        padding = list(x.shape)
+        padding[dim] = sizes[0] - x.shape[dim]
+        x = torch.cat([x, x.new_zeros(padding)], dim)
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in sizes]
+    dist.all_gather(parts, x, group=axis.group)
+    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)], dim)

@@ -1,0 +1,72 @@
+"""Which pattern of a LayoutMap claims which variable, and what was misspelt.
+
+The rule is Keras's own (`LayoutMap.__getitem__`): a key equal to the path wins,
+otherwise the one key that `re.fullmatch`es it; two such keys are an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Claims:
+    """Outcome of matching every pattern against every path.
+
+    Attributes:
+        of: path -> the pattern that claims it, for the claimed ones.
+        unused: patterns that match no path, in the map's order.
+        problems: ambiguous paths and patterns that are no valid regex.
+    """
+
+    of: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def match_paths(patterns: Sequence[Any], paths: Sequence[str]) -> Claims:
+    """Matches `patterns`, the keys of a LayoutMap, against variable `paths`."""
+    claims = Claims()
+    compiled = {}
+    for pattern in patterns:
+        try:
+            compiled[pattern] = re.compile(pattern)
+        except TypeError:
+            claims.problems.append(f"pattern {pattern!r} is not a string.")
+        except re.error as error:
+            claims.problems.append(f"pattern {pattern!r} is not a valid regex: {error}.")
+    used = set()
+    for path in dict.fromkeys(paths):
+        matching = [pattern for pattern, regex in compiled.items() if regex.fullmatch(path)]
+        if path in compiled:
+            matching = [path]
+        used.update(matching)
+        if len(matching) == 1:
+            claims.of[path] = matching[0]
+        elif matching:
+            claims.problems.append(
+                f"{path!r} is matched by {len(matching)} patterns: "
+                f"{', '.join(map(repr, matching))}. Narrow them until one is left."
+            )
+    claims.unused = [pattern for pattern in compiled if pattern not in used]
+    return claims
+
+
+def nearest(pattern: str, paths: Sequence[str], count: int = 3) -> list[str]:
+    """The paths most like what `pattern` seems to mean, best first.
+
+    Regex punctuation is dropped and only as many trailing parts of a path are
+    compared as the pattern spells out, so `'.*qkv/kernel'` finds
+    `'block/attention/query/kernel'`.
+    """
+    literal = re.sub(r"\\.|\[[^\]]*\]|[.*+?^$(){}|\\]", "", pattern).strip("/")
+    parts = literal.count("/") + 1
+    tails: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        tails.setdefault("/".join(path.split("/")[-parts:]), []).append(path)
+    close = difflib.get_close_matches(literal, tails, n=count, cutoff=0.4)
+    return [path for tail in close for path in tails[tail]][:count]

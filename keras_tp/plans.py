@@ -1,0 +1,234 @@
+"""The plan: everything that will be done to a model, decided, as frozen values.
+
+`keras_tp.planner` makes a plan, `keras_tp.wrapper` obeys it, and nothing in
+between changes it. Two plans of the same model and layout map compare equal,
+on whichever process they were made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch.distributed.tensor.placement_types import Placement
+
+from keras_tp.layouts import Layout, MeshShape, Shape, local_shape, placements_of
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One communication that a layer causes each time it is called.
+
+    Attributes:
+        kind: `"all_reduce"` or `"all_gather"`.
+        axis: the mesh axis whose ranks take part.
+        of: what travels: `"output"`, `"input gradient"`, or a variable's name.
+    """
+
+    kind: str
+    axis: str
+    of: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.of}"
+
+
+@dataclass(frozen=True)
+class StylePlan:
+    """How one layer computes along one mesh axis.
+
+    Attributes:
+        axis: the mesh axis.
+        name: `"column"`, `"row"`, `"batched"`, `"vocabulary"` or `"gathered"`;
+            the class of the same name in `keras_tp.styles` carries it out.
+        input: placement the computation wants of its input. The input arrives
+            replicated; a `Shard` is sliced off it.
+        output: placement of the bare result: `Shard` for column, `Partial` for
+            row. It leaves the layer replicated.
+        local: names of the layer's weights that the computation uses as this
+            rank's shard along the axis. Every other weight sharded along it is
+            gathered for the call.
+        size: full size of the dim that is sharded, 0 for gathered.
+    """
+
+    axis: str
+    name: str
+    input: Placement
+    output: Placement
+    local: tuple[str, ...] = ()
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class VariablePlan:
+    """Where one variable lives.
+
+    Attributes:
+        path: the Keras path, e.g. `"dense/kernel"`.
+        shape: full shape.
+        dtype: Keras dtype name, e.g. `"float32"`.
+        trainable: whether it gets a gradient and optimizer slots.
+        layout: one mesh axis or None per dim.
+        pattern: the LayoutMap key that claimed it, or None.
+        mesh: the mesh the layout refers to.
+    """
+
+    path: str
+    shape: Shape
+    dtype: str
+    trainable: bool
+    layout: Layout
+    pattern: str | None
+    mesh: MeshShape
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """One torch placement per mesh axis."""
+        return placements_of(self.layout, self.mesh)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether some rank stores less than the full tensor."""
+        return any(axis is not None and self.mesh.axis_size(axis) > 1 for axis in self.layout)
+
+    def local_shape(self, rank: int) -> Shape:
+        """Shape of what `rank` stores."""
+        return local_shape(self.shape, self.layout, self.mesh, rank)
+
+    @property
+    def local_shapes(self) -> tuple[Shape, ...]:
+        """Local shape of every rank, rank 0 first."""
+        return tuple(self.local_shape(rank) for rank in sorted(self.mesh.ranks))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens in one layer.
+
+    Attributes:
+        path: the layer's path; a layer without one is called by its name.
+        kind: class name of the layer.
+        variables: indices into `Plan.variables` of the variables it owns.
+        styles: one per mesh axis along which something happens.
+        gathers: indices of the sharded variables that are gathered at most once
+            during a call of the layer: its own, or those of the cell it calls
+            for every time step.
+        forward: collectives of each forward call.
+        backward: collectives of each backward call, given that the layer's
+            input needs a gradient.
+        reason: why the row is not better, in words; empty when it is best.
+    """
+
+    path: str
+    kind: str
+    variables: tuple[int, ...]
+    styles: tuple[StylePlan, ...] = ()
+    gathers: tuple[int, ...] = ()
+    forward: tuple[Collective, ...] = ()
+    backward: tuple[Collective, ...] = ()
+    reason: str = ""
+
+    @property
+    def style(self) -> str:
+        """The styles in words, e.g. `"column"` or `"row + gathered"`."""
+        return " + ".join(style.name for style in self.styles) or "replicated"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it, decided: printable, comparable, ready for JSON.
+
+    Attributes:
+        mesh: the mesh it is made for.
+        variables: one entry for every variable of the model, in its order.
+        layers: one entry for every layer, in the order of a depth-first walk.
+        notes: sentences about the layout map that are no errors, such as a
+            pattern that matches nothing.
+    """
+
+    mesh: MeshShape
+    variables: tuple[VariablePlan, ...]
+    layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...] = ()
+
+    def bytes_per_rank(self, rank: int) -> int:
+        """Bytes of variables that `rank` stores (gradients and slots not counted)."""
+        return sum(math.prod(v.local_shape(rank)) * _itemsize(v.dtype) for v in self.variables)
+
+    @cached_property
+    def full_bytes(self) -> int:
+        """Bytes of all variables in one process."""
+        return sum(math.prod(v.shape) * _itemsize(v.dtype) for v in self.variables)
+
+    def collectives(self, phase: str) -> Counter[str]:
+        """How many collectives of each kind in `phase`, `"forward"` or `"backward"`.
+
+        Every layer is taken to be called once.
+        """
+        return Counter(c.kind for layer in self.layers for c in getattr(layer, phase))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in lists, dicts, strings and numbers, ready for `json.dumps`."""
+        return {
+            "mesh": {
+                "axes": list(self.mesh.axes),
+                "sizes": list(self.mesh.sizes),
+                "ranks": list(self.mesh.ranks),
+            },
+            "variables": [_variable_dict(v) for v in self.variables],
+            "layers": [_layer_dict(layer) for layer in self.layers],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        from keras_tp.tables import plan_table
+
+        return plan_table(self)
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype == "bool":
+        return 1
+    if dtype in ("uint16", "uint32"):  # torch has neither; Keras stores the next wider
+        return {"uint16": 4, "uint32": 8}[dtype]
+    digits = "".join(c for c in dtype.split("_")[0] if c.isdigit())
+    return int(digits) // 8
+
+
+def _variable_dict(v: VariablePlan) -> dict[str, Any]:
+    return {
+        "path": v.path,
+        "shape": list(v.shape),
+        "dtype": v.dtype,
+        "trainable": v.trainable,
+        "layout": list(v.layout),
+        "placements": [str(p) for p in v.placements],
+        "local_shapes": [list(shape) for shape in v.local_shapes],
+        "pattern": v.pattern,
+    }
+
+
+def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
+    return {
+        "path": layer.path,
+        "kind": layer.kind,
+        "variables": list(layer.variables),
+        "styles": [
+            {
+                "axis": s.axis,
+                "name": s.name,
+                "input": str(s.input),
+                "output": str(s.output),
+                "local": list(s.local),
+                "size": s.size,
+            }
+            for s in layer.styles
+        ],
+        "gathers": list(layer.gathers),
+        "forward": [[c.kind, c.axis, c.of] for c in layer.forward],
+        "backward": [[c.kind, c.axis, c.of] for c in layer.backward],
+        "reason": layer.reason,
+    }

@@ -1,0 +1,199 @@
+"""What each Keras layer type can compute on shards, and how.
+
+A rule reads a layer and says what its `call` does in terms that sharding can
+be decided from: a `Contraction` (Dense, EinsumDense) or a `Lookup` (Embedding).
+A layer without a rule, or one whose class changes the computation its rule
+knows, is described by None and a reason; its sharded weights are gathered on
+use, which is right for any layer.
+
+The choices are Megatron-LM's (Shoeybi et al. 2019, section 3), read off an
+einsum: a sharded label of the output makes a *column*, a contracted label a
+*row*, a label of input, kernel and output alike a *batched* layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+from keras_tp.layouts import Layout, Shape
+from keras_tp.plans import Collective, StylePlan
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """`activation(einsum(input, kernel -> output) + bias)`.
+
+    Labels are one letter per dim; "..." stands for leading or trailing dims
+    that the kernel does not see. `bias` has one label per dim of the bias.
+    """
+
+    input: str
+    kernel: str
+    output: str
+    bias: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """`take(embeddings, ids, axis=0)` of a (vocabulary, width) table."""
+
+    weights: tuple[str, ...]
+
+
+Description = Contraction | Lookup
+
+
+def describe(layer: Any) -> tuple[Description | None, str]:
+    """The layer's computation, or None and the reason why it is not known.
+
+    Only the exact `call` and weights of the Keras class count: a subclass that
+    overrides them, LoRA and quantization each change what is computed.
+    """
+    for rule in _RULES.items():
+        cls: Any = rule[0]
+        same, reader = rule[1]
+        if not isinstance(layer, cls):
+            continue
+        name = cls.__name__
+        for attribute in same:
+            if getattr(type(layer), attribute, None) is not getattr(cls, attribute, None):
+                return None, f"{type(layer).__name__} overrides {name}.{attribute}"
+        if "call" in vars(layer):
+            return None, "its call was replaced on the instance"
+        if getattr(layer, "lora_enabled", False):
+            return None, "LoRA adds to the weight"
+        if getattr(layer, "quantization_mode", None) is not None:
+            return None, f"the weight is quantized ({layer.quantization_mode})"
+        return reader(layer)
+    return None, f"no rule computes {type(layer).__name__} on shards"
+
+
+def _dense(layer: Any) -> tuple[Description | None, str]:
+    bias = layer.bias is not None
+    return Contraction("...x", "xy", "...y", "y" if bias else "", _kernel_and(bias)), ""
+
+
+def _einsum_dense(layer: Any) -> tuple[Description | None, str]:
+    match = re.fullmatch(
+        r"(\.\.\.)?([a-zA-Z]+)(\.\.\.)?,([a-zA-Z]+)->(\.\.\.)?([a-zA-Z]+)(\.\.\.)?",
+        layer.equation.replace(" ", ""),
+    )
+    if match is None:
+        return None, f"its equation {layer.equation!r} is not understood"
+    head, inputs, tail, kernel, _, outputs, _ = match.groups(default="")
+    if any(len(set(labels)) < len(labels) for labels in (inputs, kernel, outputs)):
+        return None, f"its equation {layer.equation!r} repeats a label"
+    bias = ""
+    if layer.bias is not None:
+        # Keras gives the bias one dim per output label from the first label of
+        # `bias_axes` on, of size 1 where the label is not among them.
+        first = min(outputs.index(label) for label in layer.bias_axes)
+        bias = outputs[first:]
+        if len(bias) != len(layer.bias.shape):
+            return None, f"the bias of {layer.equation!r} does not align with the output"
+    return Contraction(
+        head + inputs + tail, kernel, head + outputs + tail, bias, _kernel_and(bool(bias))
+    ), ""
+
+
+def _embedding(layer: Any) -> tuple[Description | None, str]:
+    return Lookup(("embeddings",)), ""
+
+
+def _kernel_and(bias: bool) -> tuple[str, ...]:
+    return ("kernel", "bias") if bias else ("kernel",)
+
+
+# Class -> the attributes that must be the class's own for the rule to hold, and
+# what reads the computation off an instance.
+_RULES: dict[type, tuple[tuple[str, ...], Callable[[Any], tuple[Description | None, str]]]] = {
+    keras.layers.Dense: (("call", "kernel", "__call__"), _dense),
+    keras.layers.EinsumDense: (("call", "kernel", "__call__"), _einsum_dense),
+    keras.layers.Embedding: (("call", "embeddings", "__call__"), _embedding),
+}
+
+
+def dim_of(label: str, labels: str) -> int:
+    """Index of `label` among the dims `labels`, from the end if "..." leads."""
+    if labels.startswith("..."):
+        plain = labels[3:]
+        return plain.index(label) - len(plain)
+    return labels.index(label)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a rule needs to know of one of a layer's own variables."""
+
+    shape: Shape
+    layout: Layout
+
+
+def style_along(
+    axis: str, description: Description | None, weights: dict[str, Weight]
+) -> StylePlan | None:
+    """The style a layer gets along `axis`, or None where nothing of it is sharded there.
+
+    `weights` are the layer's own variables by name; a description's come under
+    the names it gives in `weights`.
+    """
+    if not any(axis in weight.layout for weight in weights.values()):
+        return None
+    main = weights[description.weights[0]] if description else None
+    if description is None or main is None or axis not in main.layout:
+        return gathered_along(axis)
+    dim = main.layout.index(axis)
+    size = main.shape[dim]
+    if isinstance(description, Lookup):
+        if dim == 0:
+            return StylePlan(axis, "vocabulary", Replicate(), Partial(), ("embeddings",), size)
+        return StylePlan(axis, "column", Replicate(), Shard(-1), ("embeddings",), size)
+    label = description.kernel[dim]
+    if label not in description.output:
+        split = Shard(dim_of(label, description.input))
+        return StylePlan(axis, "row", split, Partial(), ("kernel",), size)
+    # A bias sharded on the same label is added shard by shard, before the gather.
+    bias = weights["bias"].layout if "bias" in weights else ()
+    with_bias = axis in bias and description.bias[bias.index(axis)] == label
+    local = ("kernel", "bias") if with_bias else ("kernel",)
+    output = Shard(dim_of(label, description.output))
+    if label in description.input:
+        split = Shard(dim_of(label, description.input))
+        return StylePlan(axis, "batched", split, output, local, size)
+    return StylePlan(axis, "column", Replicate(), output, local, size)
+
+
+def gathered_along(axis: str) -> StylePlan:
+    """The style of a layer that computes with whole weights."""
+    return StylePlan(axis, "gathered", Replicate(), Replicate())
+
+
+def collectives_of(
+    style: StylePlan, description: Description | None, weights: dict[str, Weight]
+) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
+    """What `style` communicates in a forward and in a backward call.
+
+    `arrives replicated -> Shard` is a slice, whose gradient is gathered; `Shard
+    -> leaves replicated` is the other way round; `Partial -> replicated` is an
+    all-reduce with nothing to do backward; and a replicated input used on
+    sharded weights gets a partial gradient. Integer inputs get none.
+    """
+    forward, backward = [], []
+    for name, weight in weights.items():
+        if style.axis in weight.layout and name not in style.local:
+            forward.append(Collective("all_gather", style.axis, name))
+    if isinstance(style.output, Partial):
+        forward.append(Collective("all_reduce", style.axis, "output"))
+    if isinstance(style.output, Shard):
+        forward.append(Collective("all_gather", style.axis, "output"))
+    if isinstance(description, Contraction) and style.name != "gathered":
+        kind = "all_gather" if isinstance(style.input, Shard) else "all_reduce"
+        backward.append(Collective(kind, style.axis, "input gradient"))
+    return tuple(forward), tuple(backward)

@@ -1,0 +1,86 @@
+"""One tensor's shards: how to cut the full value and how to put it together again.
+
+DTensor is used at this edge and nowhere else: to distribute a value from the
+first rank, and to show a shard to torch's own tools. Computation sees plain
+local tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from keras_tp.collectives import Axis, gather
+from keras_tp.layouts import Shape, chunk_bounds
+
+
+class Shards:
+    """How one tensor of full `shape` lies on `mesh`, seen from this rank.
+
+    Args:
+        mesh: the torch mesh, all axes.
+        placements: one `Shard` or `Replicate` per mesh axis.
+        shape: full shape.
+    """
+
+    def __init__(self, mesh: DeviceMesh, placements: tuple[Placement, ...], shape: Shape):
+        assert mesh.mesh_dim_names is not None
+        self.mesh = mesh
+        self.placements = placements
+        self.shape = shape
+        # Axes along which this rank holds less than everything, with the dim.
+        self.cuts = tuple(
+            (Axis.of(mesh, name), placement.dim)
+            for name, placement in zip(mesh.mesh_dim_names, placements, strict=True)
+            if isinstance(placement, Shard) and mesh[name].size() > 1
+        )
+        local = list(shape)
+        for axis, dim in self.cuts:
+            local[dim] = chunk_bounds(shape[dim], axis.size, axis.rank)[1]
+        self.local_shape = tuple(local)
+
+    def local(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of `full`, in memory of its own. No communication, no gradient."""
+        shard = full.detach()
+        for axis, dim in self.cuts:
+            shard = shard.narrow(dim, *chunk_bounds(self.shape[dim], axis.size, axis.rank))
+        return shard.clone(memory_format=torch.contiguous_format)
+
+    def whole(self, local: torch.Tensor, keep: Collection[str] = ()) -> torch.Tensor:
+        """The full value, or what is full except along the axes named in `keep`.
+
+        Collective: one all-gather per sharded axis not kept. The gradient is
+        the slice that belongs to this rank.
+        """
+        for axis, dim in self.cuts:
+            if axis.name not in keep:
+                local = gather(local, dim, self.shape[dim], axis)
+        return local
+
+    def distribute(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of the first rank's `full`.
+
+        Collective: one scatter or broadcast per mesh axis. The result shares no
+        memory with `full`, so that the full value can be freed.
+        """
+        full = full.detach()
+        shard = distribute_tensor(full, self.mesh, self.placements).to_local().detach()
+        if self.cuts and shard.untyped_storage().nbytes() > shard.numel() * shard.itemsize:
+            shard = shard.clone(memory_format=torch.contiguous_format)
+        return shard
+
+    def dtensor(self, local: torch.Tensor) -> DTensor:
+        """`local` as a DTensor of the full shape, without a copy, for torch's own tools."""
+        strides = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            local,
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=torch.Size(self.shape),
+            stride=strides,
+        )

@@ -1,0 +1,134 @@
+"""Torch parallel styles that know Keras layers.
+
+Each class carries out the `StylePlan` of the same name along one mesh axis:
+`parallelize_module(layer, mesh[axis], style)` puts a call on shards in place of
+the layer's own. Torch's styles of the same names accept `nn.Linear` and
+`nn.Embedding`, whose kernels are transposed against Keras's, and work through
+DTensors; these work on plain local tensors.
+
+By then the weights are shards: storage is decided for a variable over all axes
+at once, computation for a layer along each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import style as torch_style
+
+from keras_tp.calls import GatheredCall, Stage, shard_call
+from keras_tp.collectives import Axis, copy, gather, reduce, split
+from keras_tp.plans import StylePlan
+from keras_tp.variables import ShardedVariable
+
+
+class _ShardStyle(Stage):
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> Any:
+        self.axis = Axis.of(device_mesh, self.plan.axis)
+        shard_call(module).add(self)
+        return module
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.plan.input, Shard)
+        return split(x, self.plan.input.dim, self.axis)
+
+    def _gather(self, y: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.plan.output, Shard)
+        return gather(y, self.plan.output.dim, self.plan.size, self.axis)
+
+
+class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
+    """Output dim sharded: replicated input, gathered output.
+
+    Forward one all-gather of the output, backward one all-reduce of the input's
+    gradient (none for a lookup).
+    """
+
+    def __init__(self, plan: StylePlan):
+        _ShardStyle.__init__(self, plan)
+        torch_style.ColwiseParallel.__init__(
+            self, input_layouts=Replicate(), output_layouts=Replicate()
+        )
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return copy(x, self.axis)
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        return self._gather(y)
+
+
+class RowwiseParallel(_ShardStyle, torch_style.RowwiseParallel):
+    """Contracted dim sharded: the input is sliced, the output summed.
+
+    Forward one all-reduce of the output, before bias and activation; backward
+    one all-gather of the input's gradient.
+    """
+
+    def __init__(self, plan: StylePlan):
+        _ShardStyle.__init__(self, plan)
+        torch_style.RowwiseParallel.__init__(
+            self, input_layouts=Replicate(), output_layouts=Replicate()
+        )
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return self._split(x)
+
+    def combine(self, y: torch.Tensor) -> torch.Tensor:
+        return reduce(y, self.axis)
+
+
+class BatchedParallel(_ShardStyle, torch_style.ParallelStyle):
+    """A dim of input, kernel and output alike is sharded, such as experts.
+
+    Forward one all-gather of the output, backward one of the input's gradient.
+    """
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return self._split(x)
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        return self._gather(y)
+
+
+class VocabularyParallel(_ShardStyle, torch_style.ParallelStyle):
+    """Rows of an embedding table sharded: forward one all-reduce of the output, backward none."""
+
+    def combine(self, y: torch.Tensor) -> torch.Tensor:
+        return reduce(y, self.axis)
+
+
+class GatheredOnUse(torch_style.ParallelStyle):
+    """Whole weights for the call, whatever the layer does with them.
+
+    Forward one all-gather per sharded weight and axis that the call reads,
+    backward none: every rank computes the same, so the slice of the full
+    gradient that belongs to a rank is right.
+
+    Args:
+        variables: the sharded variables to gather.
+    """
+
+    def __init__(self, variables: list[ShardedVariable]):
+        self.variables = variables
+
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> Any:
+        if not isinstance(module.call, GatheredCall):  # once, not for every axis
+            module.call = GatheredCall(module, self.variables)
+        return module
+
+
+_STYLES: dict[str, Callable[[StylePlan], torch_style.ParallelStyle]] = {
+    "column": ColwiseParallel,
+    "row": RowwiseParallel,
+    "batched": BatchedParallel,
+    "vocabulary": VocabularyParallel,
+}
+
+
+def make_style(plan: StylePlan) -> torch_style.ParallelStyle:
+    """The style that carries out `plan`, for one layer. Not for `"gathered"`."""
+    return _STYLES[plan.name](plan)
