@@ -14,6 +14,7 @@ and costs nothing.
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
 
 
 def split(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
-    """This rank's chunk of `x` along `dim`, free; the gradient is all-gathered.
+    """This rank's chunk of `x` along `dim`, a local copy; the gradient is all-gathered.
 
     Args:
         x: replicated over the axis.
@@ -126,11 +127,43 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
         ctx.dim, ctx.total, ctx.axis = dim, x.shape[dim], axis
-        return x.narrow(dim, *chunk_bounds(x.shape[dim], axis.size, axis.rank)).contiguous()
+        chunk = x.narrow(dim, *chunk_bounds(x.shape[dim], axis.size, axis.rank))
+        # A copy, though a view would do: as a weight's gradient, a view would keep
+        # the full gradient's memory for as long as the optimizer needs the slice.
+        return chunk.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _Gather.apply(grad, ctx.dim, ctx.total, ctx.axis), None, None
+
+
+def broadcast_object(value: Any) -> Any:
+    """The first rank's `value`, on every rank of the job. Collective.
+
+    Travels pickled; for small things that are no tensors.
+    """
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    device = control_device()
+    length = torch.tensor([data.numel()], device=device)
+    dist.broadcast(length, src=0)
+    if dist.get_rank() > 0:
+        data = torch.cat([data, data.new_zeros(int(length))])[: int(length)]
+    data = data.to(device)
+    dist.broadcast(data, src=0)
+    return pickle.loads(data.cpu().numpy().tobytes())
+
+
+def all_equal(digest: bytes) -> bool:
+    """Whether every rank of the job gives the same `digest`. Collective."""
+    number = int.from_bytes(digest[:7], "big")
+    ends = torch.tensor([number, -number], device=control_device())
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return ends.tolist() == [number, -number]
+
+
+def control_device() -> torch.device:
+    """Where tensors must be that tell ranks about each other, given the group's backend."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:

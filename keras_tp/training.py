@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
+from keras_tp.collectives import broadcast_object
 from keras_tp.shards import Shards
 from keras_tp.variables import (
     ShardedVariable,
@@ -46,18 +46,19 @@ def share_random_state() -> None:
     one process.
     """
     seed = global_seed()
-    states: list[Any] = [
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        None if seed is None else seed.numpy(),
-    ]
-    dist.broadcast_object_list(states, src=0)
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    if states[3] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[3])
-    if seed is not None and states[4] is not None:
-        seed.assign(states[4])
+    on_cuda = torch.cuda.is_available()
+    python, numpy, cpu, cuda, keras = broadcast_object(
+        (
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if on_cuda else None,
+            seed.numpy(),
+        )
+    )
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if on_cuda and cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    seed.assign(keras)

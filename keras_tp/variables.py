@@ -35,6 +35,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.random.seed_generator import global_seed_generator
 
 from keras_tp.errors import LayoutError
 from keras_tp.layouts import Shape
@@ -116,10 +117,9 @@ def compute_loss_on_whole_weights(model: Any) -> None:
     model._compute_loss = compute_loss
 
 
-def global_seed() -> Any | None:
-    """The variable behind `keras.random` calls without a seed, once there is one."""
-    generator = global_state.get_global_attribute("global_seed_generator")
-    return None if generator is None else generator.state
+def global_seed() -> Any:
+    """The variable behind `keras.random` calls without a seed."""
+    return global_seed_generator().state
 
 
 class Cut(Protocol):

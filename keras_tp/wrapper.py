@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
+from keras_tp.collectives import all_equal
 from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_ranks, initialize, torch_mesh
 from keras_tp.optimizers import optimizer_problems
@@ -109,14 +110,11 @@ def _check_agreement(plan: Plan) -> None:
     """Ranks with different plans would wait for each other's collectives forever."""
     lines = [str(plan.mesh)] + [f"{v.path} {v.shape} {v.dtype} {v.layout}" for v in plan.variables]
     lines += [f"{layer.path}: {layer.style}" for layer in plan.layers]
-    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    digests: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) == 1:
+    if all_equal(hashlib.sha256("\n".join(lines).encode()).digest()):
         return
     plans: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(plans, lines)
-    other = next(rank for rank, d in enumerate(digests) if d != digests[0])
+    other = next(rank for rank, plan in enumerate(plans) if plan != plans[0])
     pairs = list(zip(plans[0] + ["nothing"], plans[other] + ["nothing"], strict=False))
     first, second = next((a, b) for a, b in pairs if a != b)
     raise LayoutError(

@@ -1,0 +1,1 @@
+"""Programs to run with torchrun, and to start one's own from."""
