@@ -89,7 +89,7 @@ def _unbuilt(model: Any, owners: list[Owner]) -> list[str]:
         ]
     return [
         f"layer '{owner.path}' ({type(owner.layer).__name__}) is not built: its variables do not "
-        "exist yet. Call the model on a batch once so that every layer is used."
+        "exist yet. Call the model on a batch once, or remove the layer if no call uses it."
         for owner in owners
         if not owner.layer.built and overrides_build(owner.layer)
     ]

@@ -56,11 +56,10 @@ def fake_ranks() -> Iterator[Callable[[int, int], None]]:
 
 
 @pytest.fixture(autouse=True)
-def clean_keras() -> Iterator[None]:
+def clean_keras() -> None:
     """Names count from one in every test, and numbers are float32."""
     keras.utils.clear_session()
     keras.config.set_floatx("float32")
-    yield
 
 
 def pytest_configure(config: Any) -> None:

@@ -47,7 +47,9 @@ class RankPool:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
 
-    def __call__(self, function: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
+    def __call__(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 90.0
+    ) -> list[Any]:
         if not self.connections:
             self._start()
         task = (function.__module__, function.__qualname__, args)

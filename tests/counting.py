@@ -1,0 +1,41 @@
+"""Counts the collectives that really run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What torch calls them, blocking and functional.
+NAMES = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "scatter_": "scatter",
+}
+
+
+class Collectives(TorchDispatchMode):
+    """`with Collectives() as counts:` counts by kind; an unknown one counts under its own name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        return self.counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._opname
+            if name != "wait_tensor":
+                self.counts[NAMES.get(name, name)] += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,196 @@
+"""Applying a plan, on virtual ranks: structure, shapes, counts and refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import models
+import numpy as np
+import pytest
+import torch
+from counting import Collectives
+from keras import layers
+from parity import layout_map
+
+import keras_tp
+from keras_tp.variables import ShardedVariable, local_tensor
+
+
+def apply(model: Any, layout: dict[Any, Any], size: int, **options: Any) -> Any:
+    return keras_tp.parallelize(model, layout_map(layout, {"batch": 1, "model": size}), **options)
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_local_shapes_are_those_of_the_plan(fake_ranks: Any, rank: int) -> None:
+    """A plan that says one thing and a model that does another. Seen to fail with Shard(0)."""
+    fake_ranks(rank, 8)
+    model = models.dense_stack()
+    plan = keras_tp.plan(model, layout_map(models.DENSE_LAYOUT, {"batch": 1, "model": 8}))
+    assert keras_tp.parallelize(model, plan=plan) is model
+    assert keras_tp.local_shapes(model) == {v.path: v.local_shape(rank) for v in plan.variables}
+    # 10 columns on 8 ranks: two each for five, none for three.
+    assert keras_tp.local_shapes(model)["sequential/dense_3/kernel"] == (128, 2 if rank < 5 else 0)
+
+
+def test_everything_else_sees_full_shapes(fake_ranks: Any, capsys: Any) -> None:
+    """`summary()` that counts shards tells the user another model."""
+    model = models.transformer()
+    counts = model.count_params()
+    config = model.get_config()
+    fake_ranks(0, 2)
+    apply(model, models.TRANSFORMER_LAYOUT, 2)
+    assert model.count_params() == counts
+    assert model.get_config() == config
+    model.summary()
+    assert f"{counts:,}" in capsys.readouterr().out
+    assert model.compute_output_shape((3, models.TOKENS)) == (3, models.TOKENS, models.VOCABULARY)
+    assert model(keras.Input((models.TOKENS,), dtype="int32")).shape[1:] == (
+        models.TOKENS,
+        models.VOCABULARY,
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_collectives_are_those_of_the_plan(fake_ranks: Any, size: int) -> None:
+    """The plan's price is what is paid; a collective more is right and slow."""
+    fake_ranks(0, size)
+    model = models.transformer()
+    plan = keras_tp.plan(model, layout_map(models.TRANSFORMER_LAYOUT, {"batch": 1, "model": size}))
+    keras_tp.parallelize(model, plan=plan)
+    x, _ = models.transformer_data()
+    with Collectives() as counted:
+        out = model(torch.tensor(x), training=True)
+    assert counted == plan.collectives("forward")
+    assert set(counted) == {"all_reduce", "all_gather"}
+    with Collectives() as counted:
+        out.sum().backward()
+    assert counted == plan.collectives("backward")
+    assert set(counted) == {"all_reduce", "all_gather"}
+
+
+def test_parameters_stay_the_objects_they_were(fake_ranks: Any) -> None:
+    """`zero_grad`, torch optimizers and `_torch_params` of every ancestor hold the old object."""
+    fake_ranks(0, 2)
+    model = models.dense_stack()
+    parameters = dict(model.named_parameters())
+    ids = [id(v) for v in model.variables]
+    apply(model, models.DENSE_LAYOUT, 2)
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameters[name] for name in after)
+    assert [id(v) for v in model.variables] == ids
+    for v in model.trainable_variables:
+        tensor = local_tensor(v)
+        assert type(tensor) is torch.nn.Parameter
+        assert tensor.is_leaf
+        assert tensor.requires_grad
+        assert v.value is tensor
+
+
+def test_integers_and_scalars_never_track_gradients(fake_ranks: Any) -> None:
+    """torch refuses integer parameters with gradients; iterations and seeds are integers."""
+    fake_ranks(0, 2)
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(8), layers.Dropout(0.5), layers.BatchNormalization()]
+    )
+    apply(model, {".*kernel": (None, "model"), ".*moving_mean": ("model",)}, 2)
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    for v in [*model.non_trainable_variables, *model.optimizer.variables]:
+        assert not local_tensor(v).requires_grad, v.path
+    slots = [v for v in model.optimizer.variables if isinstance(v, ShardedVariable)]
+    assert [tuple(local_tensor(v).shape) for v in slots] == [(8, 4)] * 2
+
+
+def snapshot(model: Any) -> Any:
+    return [
+        (type(v), tuple(local_tensor(v).shape), local_tensor(v).data_ptr()) for v in model.variables
+    ]
+
+
+def refused(model: Any, message: str, *args: Any, **options: Any) -> None:
+    before = snapshot(model)
+    with pytest.raises(keras_tp.LayoutError, match=message):
+        keras_tp.parallelize(model, *args, **options)
+    assert snapshot(model) == before
+    assert all("call" not in vars(layer) for layer in model._flatten_layers())
+
+
+def test_refusals_leave_the_model_untouched(fake_ranks: Any) -> None:
+    """A model half of which is sharded is lost."""
+    fake_ranks(0, 2)
+    axes = {"batch": 1, "model": 2}
+    good = layout_map(models.DENSE_LAYOUT, axes)
+    model = models.dense_stack()
+    refused(model, "3 entries", layout_map({".*kernel": (None, "model", None)}, axes))
+    refused(model, "the mesh has 4 ranks .* but the job has 2", layout_map({}, {"model": 4}))
+    refused(model, "either a layout map or a plan")
+    refused(model, "either a layout map or a plan", good, plan=keras_tp.plan(model, good))
+    other = keras_tp.plan(keras.Sequential([keras.Input((3,)), layers.Dense(4)]), good)
+    refused(model, "the plan has 'sequential_1/dense_4/kernel'", plan=other)
+    model.compile(keras.optimizers.Lamb(), "mse")
+    refused(model, "optimizer Lamb is not known", good)
+    model.compile(keras.optimizers.Adam(global_clipnorm=1.0), "mse")
+    refused(model, "global_clipnorm=1.0", good)
+    unbuilt = keras.Sequential([layers.Dense(2)])
+    refused(unbuilt, "is not built", good)
+
+
+def test_optimizers_made_later_are_checked_when_they_are_built(fake_ranks: Any) -> None:
+    """compile() after parallelize must not let in what parallelize refuses."""
+    fake_ranks(0, 2)
+    model = apply(models.dense_stack(), models.DENSE_LAYOUT, 2)
+    model.compile(keras.optimizers.Adam(clipnorm=1.0), "mse")
+    with pytest.raises(keras_tp.LayoutError, match=r"clipnorm=1\.0"):
+        model.train_on_batch(*models.dense_data())
+
+
+def test_twice_is_an_error(fake_ranks: Any) -> None:
+    """A shard of a shard computes with a quarter of the weight."""
+    fake_ranks(0, 2)
+    model = apply(models.dense_stack(), models.DENSE_LAYOUT, 2)
+    with pytest.raises(keras_tp.LayoutError, match="is parallelized already"):
+        apply(model, models.DENSE_LAYOUT, 2)
+    inputs = keras.Input((128,))
+    outer = keras.Model(inputs, model(inputs))
+    with pytest.raises(keras_tp.LayoutError, match="is parallelized already"):
+        apply(outer, models.DENSE_LAYOUT, 2)
+
+
+def test_one_process_is_a_mesh_of_one_rank() -> None:
+    """Without torchrun the same script runs, with plain Keras variables and calls."""
+    model = apply(models.dense_stack(), models.DENSE_LAYOUT, 1)
+    try:
+        assert all(type(v) is keras.Variable for v in model.variables)
+        assert all("call" not in vars(layer) for layer in model._flatten_layers())
+        model.compile("adam", "mse")
+        x, y = models.dense_data()
+        model.fit(x, y, verbose=0)
+        assert model.predict(x, verbose=0).shape == (6, 10)
+        assert np.isfinite(model.evaluate(x, y, verbose=0))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_meshes_are_cached_by_what_they_are(fake_ranks: Any) -> None:
+    """By id, a collected mesh's number came back with another mesh, on some ranks only."""
+    from keras_tp.layouts import MeshShape
+    from keras_tp.mesh import torch_mesh
+
+    fake_ranks(1, 4)
+
+    def mesh(shape: dict[str, int]) -> Any:
+        return torch_mesh(MeshShape.from_keras(keras_tp.device_mesh(shape)))
+
+    data, model = mesh({"batch": 4}), mesh({"batch": 1, "model": 4})
+    assert data.mesh_dim_names == ("batch",)
+    assert model.mesh_dim_names == ("batch", "model")
+    assert mesh({"batch": 4}) is data
+    assert mesh({"model": 4}) is not data
+    for _ in range(20):  # ids of dropped Keras meshes do come back
+        assert mesh({"batch": 2, "model": 2}).mesh.tolist() == [[0, 1], [2, 3]]
+        assert mesh({"batch": 1, "model": 4}) is model
+    torch.distributed.destroy_process_group()
+    fake_ranks(1, 4)
+    assert mesh({"batch": 4}) is not data
