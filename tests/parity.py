@@ -21,6 +21,13 @@ import keras_tp
 from keras_tp.variables import ShardedVariable, local_tensor
 
 
+# Differences are relative to a tensor's largest value, or to this where that is
+# smaller: what is zero but for rounding (the gradient of an attention key's bias,
+# its momentum) has no scale of its own. A float64 tensor of 1e-12 that is wrong
+# still shows.
+FLOOR = 1e-3
+
+
 @contextlib.contextmanager
 def real_float64(on: bool = True) -> Iterator[None]:
     """Makes Keras compute float64 models in float64.
@@ -54,10 +61,10 @@ class Report:
     slots: dict[str, float] = field(default_factory=dict)
     sharded: int = 0
 
-    def worst(self, but: str | None = None) -> float:
-        """The largest of all; `but` leaves out weights whose path ends so."""
-        named = {**self.gradients, **self.weights, **self.slots}
-        kept = [v for k, v in named.items() if but is None or not k.endswith(but)]
+    def worst(self, but: Callable[[str], bool] = lambda path: False) -> float:
+        """The largest of all but those of the variables and slots that `but` picks out."""
+        named = [*self.gradients.items(), *self.weights.items(), *self.slots.items()]
+        kept = [value for path, value in named if not but(path)]
         return max([self.loss, self.output, self.input_gradient, *kept])
 
 
@@ -68,7 +75,7 @@ def difference(one: Any, many: Any) -> float:
         return float("inf")
     if one.size == 0:
         return 0.0
-    return float(np.abs(one - many).max() / max(np.abs(one).max(), 1e-30))
+    return float(np.abs(one - many).max() / max(np.abs(one).max(), FLOOR))
 
 
 def layout_map(layout: Mapping[str, tuple[Any, ...]], axes: dict[str, int]) -> Any:
@@ -135,11 +142,8 @@ def _compare(
         grad = local_tensor(b).grad
         assert grad is not None, b.path
         assert tuple(grad.shape) == tuple(mine.shape), b.path
-        scale = max(float(full.abs().max()), 1e-30)
         gap = float((grad - mine).abs().max()) if grad.numel() else 0.0
-        # A gradient that is zero but for rounding (an attention key's bias) has
-        # no scale of its own; the weight it moves has.
-        report.gradients[a.path] = gap / max(scale, 1e-6)
+        report.gradients[a.path] = gap / max(float(full.abs().max()), FLOOR)
 
     for _ in range(steps):
         report.loss = max(
