@@ -20,7 +20,6 @@ from keras.src.backend.common import dtypes
 import keras_tp
 from keras_tp.variables import ShardedVariable, local_tensor
 
-
 # Differences are relative to a tensor's largest value, or to this where that is
 # smaller: what is zero but for rounding (the gradient of an attention key's bias,
 # its momentum) has no scale of its own. A float64 tensor of 1e-12 that is wrong

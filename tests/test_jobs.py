@@ -1,0 +1,101 @@
+"""Whole jobs under torchrun, as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(
+    *arguments: str, ranks: int = 2, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("KERAS_BACKEND", None)  # keras_tp must choose torch by itself
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def test_the_demo_trains_and_proves_it() -> None:
+    """What the README promises first."""
+    job = torchrun(
+        "-m",
+        "keras_tp.examples.train_transformer",
+        "--steps",
+        "12",
+        "--width",
+        "32",
+        "--blocks",
+        "1",
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    for words in (
+        "The plan for 2 ranks:",
+        "up_0/kernel (32, 128) (32, 64) (32, 64)",
+        "12/12",
+        "rank 1 sees losses differ by",
+        "equal to float32 rounding on every rank",
+    ):
+        assert words in re.sub(" +", " ", job.stdout), words
+
+
+def test_the_storage_benchmark_finds_what_it_should() -> None:
+    """Its exit status is the check; here on two ranks."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "local_shapes.py"), "--ranks", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sequential/dense_3/kernel   (128, 10)    (128, 5)     (128, 5)" in done.stdout
+    assert "every rank holds exactly what it should" in done.stdout
+
+
+FAILING = """
+import sys, keras_tp, keras, numpy as np, torch.distributed as dist
+keras_tp.initialize()
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="dense")])
+layout_map = keras.distribution.LayoutMap(keras_tp.device_mesh({"model": 2}))
+layout_map[".*dense/kernel"] = (None, "model")
+keras_tp.parallelize(model, layout_map)
+model.compile("sgd", "mse")
+
+class Fails(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 3 and dist.get_rank() == 1:
+            raise RuntimeError("the disk of rank one is on fire")
+
+model.fit(np.ones((80, 8)), np.ones((80, 8)), batch_size=8, callbacks=[Fails()], verbose=0)
+print("not reached")
+"""
+
+
+@pytest.mark.parametrize("kind", ["raises", "refused"])
+def test_a_rank_that_raises_ends_the_job(tmp_path: Path, kind: str) -> None:
+    """The others wait in a collective: without the group closing they would for half an hour."""
+    script = tmp_path / "script.py"
+    code = FAILING
+    if kind == "refused":
+        code = code.replace('"model": 2', '"model": 3')
+    script.write_text(code)
+    start = time.monotonic()
+    job = torchrun(str(script), timeout=90)
+    assert time.monotonic() - start < 60
+    assert job.returncode != 0
+    assert "not reached" not in job.stdout
+    assert "Traceback" in job.stderr
+    expected = {
+        "raises": "RuntimeError: the disk of rank one is on fire",
+        "refused": "the mesh has 3 ranks (model=3) but the job has 2. Start it with",
+    }
+    assert expected[kind] in job.stderr

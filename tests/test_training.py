@@ -1,0 +1,478 @@
+"""Everything around the layers: when to parallelize, optimizer slots, random numbers, losses."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import keras
+import models
+import numpy as np
+import parity
+import pytest
+import torch
+import torch.distributed as dist
+from keras import layers, ops
+
+import keras_tp
+from keras_tp.variables import ShardedVariable, local_tensor
+
+AXES = {"batch": 1, "model": 2}
+ADAM = {"class_name": "Adam", "config": {"learning_rate": 0.01}}
+
+
+def stack(layout: Any = models.DENSE_LAYOUT) -> Any:
+    return parity.layout_map(layout, {"batch": 1, "model": dist.get_world_size()})
+
+
+def gap(one: Any, many: Any) -> float:
+    """Largest difference of any weight or optimizer variable."""
+    full = keras_tp.full_weights(many)
+    gaps = [parity.difference(v, full[path]) for path, v in keras_tp.full_weights(one).items()]
+    for a, b in zip(one.optimizer.variables, many.optimizer.variables, strict=True):
+        gaps.append(parity.difference(a.numpy(), b.numpy()))
+    return max(gaps)
+
+
+def compiled(model: Any, optimizer: Any = ADAM, **options: Any) -> Any:
+    model.compile(keras.optimizers.deserialize(optimizer), loss="mse", **options)
+    return model
+
+
+def before_and_after_compile() -> list[float]:
+    gaps = []
+    x, y = models.dense_data()
+    with parity.real_float64():
+        for when in ("before compile", "after compile", "after training"):
+            one = compiled(parity.build_seeded(models.dense_stack))
+            many = parity.build_seeded(models.dense_stack)
+            if when == "before compile":
+                keras_tp.parallelize(many, stack())
+            compiled(many)
+            if when == "after training":  # the optimizer has full slots by then
+                many.train_on_batch(x, y)
+                one.train_on_batch(x, y)
+            if when != "before compile":
+                keras_tp.parallelize(many, stack())
+            for _ in range(3):
+                one.train_on_batch(x, y)
+                many.train_on_batch(x, y)
+            gaps.append(gap(one, many))
+            sharded = [v for v in many.optimizer.variables if isinstance(v, ShardedVariable)]
+            assert len(sharded) == 2 * 4
+            for slot in sharded:
+                assert tuple(local_tensor(slot).shape) == slot._cut.local_shape
+    return gaps
+
+
+def test_before_and_after_compile(ranks: Any) -> None:
+    """Slots made in full before, or by an optimizer that came later, must follow their weight."""
+    for gaps in ranks(2)(before_and_after_compile):
+        assert max(gaps) < 1e-10
+
+
+def keras_methods() -> list[float]:
+    gaps = []
+    random = np.random.default_rng(5)
+    x, y = random.standard_normal((22, 128)), random.standard_normal((22, 10))
+    with parity.real_float64():
+        one, many = (parity.build_seeded(models.dense_stack) for _ in range(2))
+        keras_tp.parallelize(many, stack())
+        results = []
+        for model in (one, many):
+            compiled(model, metrics=["mae"], weighted_metrics=["mse"])
+            keras.utils.set_random_seed(11)  # the same shuffles in both runs
+            history = model.fit(
+                x,
+                y,
+                batch_size=8,  # ragged: 8, 8, 6
+                epochs=2,
+                shuffle=True,
+                sample_weight=np.linspace(0.5, 1.5, 22),
+                validation_data=(x[:5], y[:5]),
+                verbose=0,
+            ).history
+            results.append(
+                {
+                    **history,
+                    "evaluate": model.evaluate(x, y, batch_size=8, verbose=0),
+                    "predict": model.predict(x, batch_size=8, verbose=0),
+                    "train_on_batch": model.train_on_batch(x, y),
+                    "test_on_batch": model.test_on_batch(x, y),
+                    "predict_on_batch": model.predict_on_batch(x),
+                }
+            )
+        for key, value in results[0].items():
+            gaps.append(parity.difference(value, results[1][key]))
+        gaps.append(gap(one, many))
+    return gaps
+
+
+def test_keras_methods_give_the_one_process_results(ranks: Any) -> None:
+    for gaps in ranks(2)(keras_methods):
+        assert len(gaps) > 10
+        assert max(gaps) < 1e-10
+
+
+def unseeded_replicas() -> Any:
+    rank = dist.get_rank()
+    torch.manual_seed(1000 + rank)
+    np.random.seed(rank)
+    keras.utils.clear_session()
+    model = keras.Sequential(
+        [
+            keras.Input((12,)),
+            layers.Dense(16, activation="relu"),
+            layers.Dropout(0.5),
+            layers.BatchNormalization(),
+            layers.Dense(10),
+            layers.Dropout(0.5, seed=rank),
+            layers.Dense(3),
+        ]
+    )
+    keras_tp.parallelize(model, stack({".*dense_1/kernel": ("model", None)}))
+    compiled(model)
+    start = keras_tp.full_weights(model)
+    x = np.random.default_rng(6).standard_normal((32, 12)).astype("float32")
+    model.fit(x, x[:, :3], batch_size=8, epochs=2, verbose=0)
+    return start, keras_tp.full_weights(model)
+
+
+def test_replicas_are_bit_equal_without_a_seed(ranks: Any) -> None:
+    """Megatron #1446, Keras nightly: unseeded replicas start different and stay different. Dropout
+    masks come from torch's own state where no seed is given, shuffles always do."""
+    (start_0, end_0), (start_1, end_1) = ranks(2)(unseeded_replicas)
+    for path in start_0:
+        assert (start_0[path] == start_1[path]).all(), path
+        assert (end_0[path] == end_1[path]).all(), path
+    assert any((start_0[path] != end_0[path]).any() for path in start_0)
+
+
+def files(folder: str) -> list[float]:
+    path = Path(folder) / f"rank{dist.get_rank()}.weights.h5"
+    one = compiled(parity.build_seeded(models.dense_stack))
+    x, y = (a.astype("float32") for a in models.dense_data())
+    one.train_on_batch(x, y)
+    one.save_weights(path)
+    many = compiled(parity.build_seeded(models.dense_stack, seed=8))
+    many.optimizer.build(many.trainable_variables)  # the file has slots to load
+    many.load_weights(path)
+    keras_tp.parallelize(many, stack())
+    gaps = [gap(one, many)]
+    later = parity.build_seeded(models.dense_stack, seed=9)
+    keras_tp.parallelize(later, stack())
+    later.load_weights(path)
+    gaps += [
+        parity.difference(a, b) for a, b in zip(one.get_weights(), later.get_weights(), strict=True)
+    ]
+    again = Path(folder) / f"again{dist.get_rank()}.weights.h5"
+    later.save_weights(again)
+    plain = parity.build_seeded(models.dense_stack, seed=10)
+    plain.load_weights(again)
+    gaps += [
+        parity.difference(a, b) for a, b in zip(one.get_weights(), plain.get_weights(), strict=True)
+    ]
+    return gaps
+
+
+def test_weights_load_before_and_after_and_save_in_full(ranks: Any, tmp_path: Path) -> None:
+    """ColossalAI #6108: the saved embedding held an eighth of the vocabulary."""
+    for gaps in ranks(2)(files, str(tmp_path)):
+        assert max(gaps) == 0.0
+
+
+class OwnLoss(keras.Model):
+    """Reads weights in compute_loss, as many do for their own regularization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = layers.Dense(4, name="dense")
+
+    def call(self, x: Any) -> Any:
+        return self.dense(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True) -> Any:  # type: ignore[no-untyped-def]
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + 0.1 * ops.sqrt(ops.sum(ops.square(self.dense.kernel)))
+
+
+def own_loss() -> float:
+    def build() -> Any:
+        model = OwnLoss()
+        model(np.zeros((1, 6)))
+        return model
+
+    random = np.random.default_rng(7)
+    x, y = random.standard_normal((5, 6)), random.standard_normal((5, 4))
+    axes = {"batch": 1, "model": 2}
+    return parity.compare(build, models.DENSE_LAYOUT, axes, (x, y)).worst()
+
+
+def test_a_loss_that_reads_weights_sees_them_whole(ranks: Any) -> None:
+    """The norm of a shard is not the norm of the weight."""
+    assert max(ranks(2)(own_loss)) < 1e-10
+
+
+def lora_later() -> tuple[float, int]:
+    import warnings
+
+    random = np.random.default_rng(8)
+    x, y = random.standard_normal((6, 128)), random.standard_normal((6, 10))
+    with parity.real_float64():
+        one, many = (parity.build_seeded(models.dense_stack) for _ in range(2))
+        keras_tp.parallelize(many, stack())
+        for model in (one, many):
+            keras.utils.set_random_seed(3)
+            for layer in model.layers:
+                layer.enable_lora(2)
+                layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
+            compiled(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                one.train_on_batch(x, y)
+                many.train_on_batch(x, y)
+        said = [w for w in caught if issubclass(w.category, keras_tp.LayoutWarning)]
+        return gap(one, many), len(said)
+
+
+def test_lora_after_parallelize_is_exact_and_said(ranks: Any) -> None:
+    """A call on shards would leave the adapters out."""
+    for difference, warned in ranks(2)(lora_later):
+        assert difference < 1e-9
+        assert warned > 0
+
+
+def gradients_flow() -> None:
+    model = parity.build_seeded(models.transformer)
+    keras_tp.parallelize(model, stack(models.TRANSFORMER_LAYOUT))
+    x, y = models.transformer_data()
+    out = model(torch.tensor(x), training=True)
+    torch.nn.functional.cross_entropy(out.flatten(0, 1), torch.tensor(y).flatten()).backward()
+    for v in model.trainable_variables:
+        grad = v.value.grad
+        assert grad is not None, v.path
+        assert torch.isfinite(grad).all(), v.path
+        assert (grad != 0).any(), v.path
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_trainable_variable_of_every_rank_has_a_gradient(ranks: Any, size: int) -> None:
+    ranks(size)(gradients_flow)
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes of every storage that some live tensor keeps, by address."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def memory() -> None:
+    """Sizes are such that no activation has as many bytes as a full weight."""
+
+    def build() -> Any:
+        return keras.Sequential(
+            [
+                keras.Input((11,), dtype="int32"),
+                layers.Embedding(1009, 52),
+                layers.LayerNormalization(),
+                layers.Dense(307, activation="gelu"),
+                layers.Conv1D(53, 3, padding="same"),
+                layers.Dense(211),
+                layers.LSTM(71),
+                layers.Dense(101),
+            ]
+        )
+
+    layout = {
+        ".*embeddings": ("model", None),
+        ".*dense/kernel": (None, "model"),
+        ".*conv1d/kernel": (None, None, "model"),
+        ".*dense_1/kernel": ("model", None),
+        ".*dense_2/kernel": (None, "model"),
+        ".*(lstm_cell/kernel|recurrent_kernel)": ("model", None),
+    }
+    x = np.arange(22).reshape(2, 11)
+    for trained_before in (False, True):
+        keras.utils.clear_session()
+        gc.collect()
+        others = live_storages()
+        model = compiled(build())
+        if trained_before:
+            model.train_on_batch(x, np.ones((2, 101)))
+        full = {4 * v.numpy().size: v.path for v in model.variables}
+        plan = keras_tp.plan(model, stack(layout))
+        keras_tp.parallelize(model, plan=plan)
+        sizes = {size for size, path in full.items() if _sharded(plan, path)}
+        assert len(sizes) == 7
+        for _ in range(2):
+            gc.collect()
+            kept = {k: n for k, n in live_storages().items() if k not in others}
+            assert not [full[n] for n in kept.values() if n in sizes]
+            held = sum(local_tensor(v).untyped_storage().nbytes() for v in model.variables)
+            assert held == plan.bytes_per_rank(dist.get_rank())
+            model.train_on_batch(x, np.ones((2, 101)))  # gradients and slots now exist
+            model.predict_on_batch(x)
+
+
+def _sharded(plan: keras_tp.Plan, path: str) -> bool:
+    return next(v for v in plan.variables if v.path == path).sharded
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_no_rank_keeps_a_full_copy(ranks: Any, size: int) -> None:
+    """A view keeps all of its storage: seen to fail with gradients that were views of full ones."""
+    ranks(size)(memory)
+
+
+def other_plans() -> str:
+    model = parity.build_seeded(models.dense_stack)
+    axes = (None, "model") if dist.get_rank() == 0 else ("model", None)
+    try:
+        keras_tp.parallelize(model, stack({".*dense_1/kernel": axes}))
+    except keras_tp.LayoutError as error:
+        assert not any(isinstance(v, ShardedVariable) for v in model.variables)
+        return str(error)
+    return "accepted"
+
+
+def test_ranks_that_disagree_are_told_where(ranks: Any) -> None:
+    """Their collectives would not match, and the job would hang or abort without a reason."""
+    for message in ranks(2)(other_plans):
+        assert (
+            "rank 0 plans 'sequential/dense_1/kernel (512, 256) float32 (None, 'model')'" in message
+        )
+        assert (
+            "rank 1 plans 'sequential/dense_1/kernel (512, 256) float32 ('model', None)'" in message
+        )
+
+
+def meshes_in_turn() -> list[float]:
+    worst = []
+    for axes in ({"batch": 1, "model": 4}, {"rows": 2, "columns": 2}, {"batch": 1, "model": 4}):
+        first, second = list(axes)[-2:]
+        layout = {
+            ".*dense/kernel": (None, second),
+            ".*dense_1/kernel": (second, None if axes[first] == 1 else first),
+            ".*dense_1/bias": (second,),
+            ".*dense_2/kernel": (None if axes[first] == 1 else first, second),
+        }
+        report = parity.compare(models.dense_stack, layout, axes, models.dense_data())
+        worst.append(report.worst())
+    return worst
+
+
+def test_several_meshes_in_one_job_and_two_sharded_axes(ranks: Any) -> None:
+    """A stale mesh on one rank hangs the job; a weight cut along two axes is reduced along one and
+    gathered along the other."""
+    for worst in ranks(4)(meshes_in_turn):
+        assert max(worst) < 1e-10
+
+
+def unknown_id() -> str:
+    model = parity.build_seeded(models.transformer)
+    keras_tp.parallelize(model, stack(models.TRANSFORMER_LAYOUT))
+    x, _ = models.transformer_data()
+    x[0, 0] = models.VOCABULARY
+    try:
+        model(torch.tensor(x))
+    except Exception as error:
+        return str(error)
+    return "accepted"
+
+
+def test_an_id_outside_the_vocabulary_is_an_error_on_every_rank(ranks: Any) -> None:
+    """No rank has that row: the sum of zeros would be a silent embedding of nothing."""
+    for message in ranks(2)(unknown_id):
+        assert "'tokens' was given an id outside its vocabulary of 24" in message
+
+
+def second_derivatives() -> float:
+    from keras_tp.collectives import Axis, copy, gather, reduce, split
+    from keras_tp.layouts import MeshShape
+    from keras_tp.mesh import torch_mesh
+
+    mesh = torch_mesh(MeshShape.from_keras(keras_tp.device_mesh({"model": 2})))
+    axis = Axis.of(mesh, "model")
+    torch.manual_seed(0)
+    full = torch.randn(4, 6, dtype=torch.float64)
+    first, second = (torch.randn(6, 5, dtype=torch.float64) for _ in range(2))
+
+    def penalty(x: Any, forward: Any) -> Any:
+        (grad,) = torch.autograd.grad(forward(x).tanh().sum(), x, create_graph=True)
+        (twice,) = torch.autograd.grad((grad**2).sum(), x)
+        return twice
+
+    def whole(x: Any) -> Any:
+        return (x @ first) @ second.T
+
+    def sharded(x: Any) -> Any:
+        mine = split(torch.arange(5), 0, axis)
+        hidden = gather(copy(x, axis) @ first[:, mine], 1, 5, axis)
+        return reduce(split(hidden, 1, axis) @ second[:, mine].T, axis)
+
+    one = penalty(full.clone().requires_grad_(), whole)
+    many = penalty(full.clone().requires_grad_(), sharded)
+    return parity.difference(one.numpy(), many.numpy())
+
+
+def test_gradients_of_gradients(ranks: Any) -> None:
+    """A backward made of bare collectives has no gradient of its own, and says nothing."""
+    assert max(ranks(2)(second_derivatives)) < 1e-12
+
+
+def mixed(policy: str) -> float:
+    keras.config.set_dtype_policy(policy)
+    try:
+        x, y = models.transformer_data()
+        one, many = (parity.build_seeded(models.transformer) for _ in range(2))
+        keras_tp.parallelize(many, stack(models.TRANSFORMER_LAYOUT))
+        losses = []
+        for model in (one, many):
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(keras.optimizers.Adam(1e-3), loss=loss)
+            losses.append([float(model.train_on_batch(x, y)) for _ in range(5)])
+        return parity.difference(*losses)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_low_precision_trains_alike(ranks: Any, policy: str) -> None:
+    """To a few units of bfloat16 (2**-8): sums of shards round elsewhere than one long sum."""
+    assert max(ranks(2)(mixed, policy)) < 0.02
+
+
+def own_loops(how: str) -> float:
+    x, y = (torch.tensor(a) for a in models.dense_data())
+    with parity.real_float64():
+        one, many = (parity.build_seeded(models.dense_stack) for _ in range(2))
+        keras_tp.parallelize(many, stack())
+        for model in (one, many):
+            if how == "torch":
+                optimizer: Any = torch.optim.Adam(model.parameters(), lr=0.01)
+            else:
+                optimizer = keras.optimizers.Adam(0.01)
+            for _ in range(3):
+                model.zero_grad()
+                loss = ((model(x, training=True) - y) ** 2).mean() + sum(model.losses)
+                loss.backward()
+                if how == "torch":
+                    optimizer.step()
+                else:
+                    grads = [v.value.grad for v in model.trainable_weights]
+                    with torch.no_grad():
+                        optimizer.apply(grads, model.trainable_weights)
+        full = keras_tp.full_weights(many)
+        return max(parity.difference(v, full[p]) for p, v in keras_tp.full_weights(one).items())
+
+
+@pytest.mark.parametrize("how", ["torch", "keras"])
+def test_own_training_loops(ranks: Any, how: str) -> None:
+    """The loops of Keras's guides: `v.value.grad` must be the shard's gradient."""
+    assert max(ranks(2)(own_loops, how)) < 1e-10
