@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from keras_tp.layouts import chunk_bounds
 
@@ -29,21 +30,28 @@ from keras_tp.layouts import chunk_bounds
 class Axis:
     """One mesh axis as this rank sees it.
 
+    A value: models keep it, and process groups belong to `keras_tp.mesh` alone.
+
     Attributes:
         name: the axis name.
-        group: process group of the ranks along the axis that include this one.
+        group_name: torch's name of the group of ranks along the axis, this one among them.
         size: number of those ranks.
         rank: this rank's index among them.
     """
 
     name: str
-    group: dist.ProcessGroup
+    group_name: GroupName
     size: int
     rank: int
 
     @classmethod
     def of(cls, mesh: DeviceMesh, name: str) -> Axis:
-        return cls(name, mesh.get_group(name), mesh[name].size(), mesh.get_local_rank(name))
+        group = mesh.get_group(name)
+        return cls(name, group.group_name, group.size(), mesh.get_local_rank(name))
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return _resolve_process_group(self.group_name)
 
 
 def copy(x: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -45,6 +45,11 @@ def initialize(backend: str | None = None, *, timeout: timedelta | None = None) 
 
 
 def _leave() -> None:
+    # The worker threads of a gloo group must end before the interpreter does: one
+    # that still lets go of a tensor then finds no interpreter, and aborts a job
+    # that was done. They end with the last reference to their group, and the
+    # meshes here are to hold the only ones.
+    _MESHES.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -91,28 +96,24 @@ def device_mesh(shape: dict[str, int]) -> keras.distribution.DeviceMesh:
 
 # Torch meshes by what they are, never by the id of a Keras object: ids are
 # reused once an object is collected, and a rank that finds a stale mesh while
-# another makes a new one leaves the job waiting. The process group is part of
-# the key because meshes do not outlive it.
-_MESHES: dict[tuple[dist.ProcessGroup, str, MeshShape], DeviceMesh] = {}
+# another makes a new one leaves the job waiting. Meshes do not outlive the
+# process group they were made under.
+_MESHES: dict[dist.ProcessGroup, dict[MeshShape, DeviceMesh]] = {}
 
 
 def torch_mesh(shape: MeshShape) -> DeviceMesh:
     """The torch mesh of this shape, made on first use.
 
     Collective on first use: every rank of the job must ask for the same meshes
-    in the same order.
-
-    Raises:
-        LayoutError: the job has another number of ranks than the mesh.
+    in the same order. The job has the ranks of the mesh (`check_ranks`).
     """
-    check_ranks(shape)
     world = dist.group.WORLD
     assert world is not None
-    key = (world, device_type(), shape)
-    if key not in _MESHES:
+    meshes = _MESHES.setdefault(world, {})
+    if shape not in meshes:
         ranks = torch.tensor(shape.ranks).reshape(shape.sizes)
-        _MESHES[key] = DeviceMesh(device_type(), ranks, mesh_dim_names=shape.axes)
-    return _MESHES[key]
+        meshes[shape] = DeviceMesh(device_type(), ranks, mesh_dim_names=shape.axes)
+    return meshes[shape]
 
 
 def check_ranks(shape: MeshShape) -> None:

@@ -10,33 +10,32 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from keras_tp.collectives import Axis, gather
-from keras_tp.layouts import Shape, chunk_bounds
+from keras_tp.layouts import MeshShape, Shape, chunk_bounds
+from keras_tp.mesh import torch_mesh
 
 
 class Shards:
     """How one tensor of full `shape` lies on `mesh`, seen from this rank.
 
     Args:
-        mesh: the torch mesh, all axes.
+        mesh: the mesh; the process groups of `torch_mesh(mesh)` carry the communication.
         placements: one `Shard` or `Replicate` per mesh axis.
         shape: full shape.
     """
 
-    def __init__(self, mesh: DeviceMesh, placements: tuple[Placement, ...], shape: Shape):
-        assert mesh.mesh_dim_names is not None
+    def __init__(self, mesh: MeshShape, placements: tuple[Placement, ...], shape: Shape):
         self.mesh = mesh
         self.placements = placements
         self.shape = shape
         # Axes along which this rank holds less than everything, with the dim.
         self.cuts = tuple(
-            (Axis.of(mesh, name), placement.dim)
-            for name, placement in zip(mesh.mesh_dim_names, placements, strict=True)
-            if isinstance(placement, Shard) and mesh[name].size() > 1
+            (Axis.of(torch_mesh(mesh), name), placement.dim)
+            for name, placement in zip(mesh.axes, placements, strict=True)
+            if isinstance(placement, Shard) and mesh.axis_size(name) > 1
         )
         local = list(shape)
         for axis, dim in self.cuts:
@@ -68,7 +67,7 @@ class Shards:
         memory with `full`, so that the full value can be freed.
         """
         full = full.detach()
-        shard = distribute_tensor(full, self.mesh, self.placements).to_local().detach()
+        shard = distribute_tensor(full, torch_mesh(self.mesh), self.placements).to_local().detach()
         if self.cuts and shard.untyped_storage().nbytes() > shard.numel() * shard.itemsize:
             shard = shard.clone(memory_format=torch.contiguous_format)
         return shard
@@ -78,7 +77,7 @@ class Shards:
         strides = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(
             local,
-            self.mesh,
+            torch_mesh(self.mesh),
             self.placements,
             run_check=False,
             shape=torch.Size(self.shape),

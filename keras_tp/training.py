@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
 from keras_tp.collectives import broadcast_object
+from keras_tp.layouts import MeshShape
 from keras_tp.shards import Shards
 from keras_tp.variables import (
     ShardedVariable,
@@ -21,7 +21,7 @@ from keras_tp.variables import (
 )
 
 
-def adopt_optimizer(model: Any, mesh: DeviceMesh) -> None:
+def adopt_optimizer(model: Any, mesh: MeshShape) -> None:
     """Shards the slots an optimizer already has like their variables. Collective.
 
     Slots made later are shards from the start (`variables.hook_optimizers`).
@@ -33,7 +33,7 @@ def adopt_optimizer(model: Any, mesh: DeviceMesh) -> None:
         if isinstance(reference, ShardedVariable):
             shard_like(variable, reference)
         else:
-            whole = (Replicate(),) * mesh.ndim
+            whole = (Replicate(),) * len(mesh.axes)
             replicate_variable(variable, Shards(mesh, whole, tuple(variable.shape)))
 
 

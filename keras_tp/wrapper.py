@@ -41,7 +41,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     mesh = torch_mesh(plan.mesh)
     hook_optimizers()
     for variable, decided in zip(variables, plan.variables, strict=True):
-        cut = Shards(mesh, decided.placements, decided.shape)
+        cut = Shards(plan.mesh, decided.placements, decided.shape)
         if decided.sharded:
             shard_variable(variable, cut)
         else:
@@ -53,7 +53,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
             elif layer_plan.gathers:
                 held = [variables[i] for i in layer_plan.gathers]
                 parallelize_module(owner.layer, mesh[style.axis], GatheredOnUse(held))
-    adopt_optimizer(model, mesh)
+    adopt_optimizer(model, plan.mesh)
     compute_loss_on_whole_weights(model)
     share_random_state()
     vars(model)[_PLAN] = plan
