@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from keras_tp.layouts import chunk_bounds
 
@@ -40,7 +40,7 @@ class Axis:
     """
 
     name: str
-    group_name: GroupName
+    group_name: str
     size: int
     rank: int
 
@@ -51,7 +51,7 @@ class Axis:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        return _resolve_process_group(self.group_name)
+        return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
 
 
 def copy(x: torch.Tensor, axis: Axis) -> torch.Tensor:

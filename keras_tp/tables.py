@@ -120,7 +120,7 @@ def _summary(plan: Plan) -> list[str]:
     return [
         f"mesh {plan.mesh}: {sharded} of {len(plan.variables)} variables sharded; the fullest rank "
         f"stores {size_text(most)} of {size_text(plan.full_bytes)}.",
-        f"communication of a step: forward {_count(plan.collectives('forward'))}; "
-        f"backward {_count(plan.collectives('backward'))}.",
+        f"communication of a step: forward {_count(plan.collectives('forward'))}; backward at "
+        f"most {_count(plan.collectives('backward'))} (less where an input needs no gradient).",
         *(f"note: {note}" for note in plan.notes),
     ]

@@ -132,3 +132,16 @@ def test_leaving_ends_the_groups_while_the_interpreter_lives(tmp_path: Path) -> 
     job = torchrun(str(script))
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("left: 0 []") == 2, job.stdout
+
+
+def test_the_readme_program_runs(tmp_path: Path) -> None:
+    """The first thing a newcomer tries, on the ranks the README says, printing what it shows."""
+    readme = (ROOT / "README.md").read_text()
+    program = tmp_path / "program.py"
+    program.write_text(readme.split("```python\n")[1].split("```")[0])
+    job = torchrun(str(program))
+    assert job.returncode == 0, job.stderr
+    assert "- loss: " in job.stdout
+    shown = readme.split("The plan, as `print` shows it:\n\n```\n")[1].split("```")[0].splitlines()
+    printed = job.stdout.splitlines()
+    assert [line for line in shown if line not in printed] == []
