@@ -41,8 +41,8 @@ def test_the_demo_trains_and_proves_it() -> None:
         "The plan for 2 ranks:",
         "up_0/kernel (32, 128) (32, 64) (32, 64)",
         "12/12",
-        "rank 1 sees losses differ by",
-        "equal to float32 rounding on every rank",
+        "rank 1: losses differ by",
+        "the losses are equal to float32 rounding on every rank",
     ):
         assert words in re.sub(" +", " ", job.stdout), words
 
