@@ -1,16 +1,30 @@
 """Which pattern of a LayoutMap claims which variable, and what was misspelt.
 
-The rule is Keras's own (`LayoutMap.__getitem__`): a key equal to the path wins,
-otherwise the one key that `re.fullmatch`es it; two such keys are an error.
+The rule is that of the installed Keras (`LayoutMap.__getitem__`): a key equal to
+the path wins, otherwise the one key that matches it; two such keys are an error.
+A regex matches the whole path (`re.fullmatch`); until Keras 3.13, part of it
+(`re.search`).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import keras
+
+
+def _matches_parts() -> bool:
+    """Whether the installed Keras lets a pattern match a part of a path."""
+    probe = keras.distribution.LayoutMap(None)
+    probe["b"] = keras.distribution.TensorLayout(())
+    return probe["abc"] is not None
+
+
+_MATCHES_PARTS = _matches_parts()
 
 
 @dataclass
@@ -31,18 +45,20 @@ class Claims:
 def match_paths(patterns: Sequence[Any], paths: Sequence[str]) -> Claims:
     """Matches `patterns`, the keys of a LayoutMap, against variable `paths`."""
     claims = Claims()
-    compiled = {}
+    matchers: dict[str, Callable[[str], Any]] = {}
     for pattern in patterns:
         try:
-            compiled[pattern] = re.compile(pattern)
+            regex = re.compile(pattern)
         except TypeError:
             claims.problems.append(f"pattern {pattern!r} is not a string.")
         except re.error as error:
             claims.problems.append(f"pattern {pattern!r} is not a valid regex: {error}.")
+        else:
+            matchers[pattern] = regex.search if _MATCHES_PARTS else regex.fullmatch
     used = set()
     for path in dict.fromkeys(paths):
-        matching = [pattern for pattern, regex in compiled.items() if regex.fullmatch(path)]
-        if path in compiled:
+        matching = [pattern for pattern, match in matchers.items() if match(path)]
+        if path in matchers:
             matching = [path]
         used.update(matching)
         if len(matching) == 1:
@@ -52,7 +68,7 @@ def match_paths(patterns: Sequence[Any], paths: Sequence[str]) -> Claims:
                 f"{path!r} is matched by {len(matching)} patterns: "
                 f"{', '.join(map(repr, matching))}. Narrow them until one is left."
             )
-    claims.unused = [pattern for pattern in compiled if pattern not in used]
+    claims.unused = [pattern for pattern in matchers if pattern not in used]
     return claims
 
 

@@ -235,8 +235,14 @@ def shard_like(slot: Any, reference: ShardedVariable) -> None:
 
 
 def _become_sharded(variable: Any, cut: Cut, local: torch.Tensor) -> None:
-    variable._value.grad = None
-    variable._value.data = local
+    parameter = variable._value
+    parameter.grad = None
+    # While an earlier output of the model lives, so does the node of its graph that
+    # accumulates this gradient, in the full shape, and a new graph would take it
+    # up. torch makes a new node once the data has changed dtype.
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = parameter.data.new_empty(0, dtype=other)
+    parameter.data = local
     variable._cut = cut
     variable._gathered = None
     variable.__class__ = ShardedVariable
