@@ -78,7 +78,8 @@ def run(code: str, **environment: str) -> str:
         text=True,
         timeout=120,
     )
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_import_starts_nothing_and_chooses_torch() -> None:
