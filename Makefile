@@ -1,6 +1,8 @@
 # One environment in .venv for every target. The CPU build of torch 2.13.0 is what the tests run
 # on; `make TORCH=torch==2.12.0 ...` takes another, TORCH=torch the newest (CUDA, several GB).
 TORCH ?= torch==2.13.0
+# `make clean test KERAS=keras==3.13.0` tests on another Keras than the newest that is supported.
+KERAS ?= keras
 PYTHON ?= python3
 RANKS ?= 2
 BIN = .venv/bin
@@ -27,7 +29,7 @@ clean:
 # Each file stands for one installation; torch comes first, so that nothing pulls in another build.
 .venv/torch:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(KERAS)"
 	touch $@
 
 .venv/run .venv/test .venv/dev .venv/bench: .venv/torch pyproject.toml

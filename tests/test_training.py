@@ -469,6 +469,51 @@ def test_low_precision_trains_alike(ranks: Any, policy: str) -> None:
     assert max(ranks(2)(mixed, policy)) < 0.02
 
 
+def each_optimizer() -> dict[str, float]:
+    from keras_tp.optimizers import ELEMENTWISE
+
+    configs: dict[str, dict[str, Any]] = {cls.__name__: {} for cls in ELEMENTWISE}
+    configs |= {
+        "SGD nesterov": {"momentum": 0.9, "nesterov": True},
+        "SGD decay": {"momentum": 0.9, "weight_decay": 0.1},
+        "RMSprop momentum": {"momentum": 0.9, "centered": True},
+        "Adam amsgrad": {"amsgrad": True, "clipvalue": 0.01},
+        "Adam average": {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 2},
+        "Adam accumulated": {"gradient_accumulation_steps": 2},
+        "Adam scaled": {"loss_scale_factor": 8.0},
+        "Adam schedule": {
+            "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+        },
+    }
+    x, y = models.dense_data()
+    gaps = {}
+    with parity.real_float64():
+        for name, options in configs.items():
+            one, many = (parity.build_seeded(models.dense_stack) for _ in range(2))
+            keras_tp.parallelize(many, stack({".*kernel": ("model", None), ".*bias": ("model",)}))
+            for model in (one, many):
+                cls = getattr(keras.optimizers, name.split()[0])
+                model.compile(cls(**{"learning_rate": 0.01, **options}), loss="mse")
+                for _ in range(4):
+                    model.train_on_batch(x, y)
+                model.optimizer.finalize_variable_values(model.trainable_weights)
+            gaps[name] = gap(one, many)
+            whole = [
+                v
+                for v in many.optimizer.variables
+                if v.ndim > 0 and not isinstance(v, ShardedVariable)
+            ]
+            assert not whole, (name, [v.path for v in whole])
+    return gaps
+
+
+def test_every_optimizer_that_is_let_in(ranks: Any) -> None:
+    """The list of elementwise optimizers is a claim; and each must find its slots as shards."""
+    for gaps in ranks(2)(each_optimizer):
+        assert len(gaps) == 18
+        assert max(gaps.values()) < 1e-10, gaps
+
+
 def own_loops(how: str) -> float:
     x, y = (torch.tensor(a) for a in models.dense_data())
     with parity.real_float64():
