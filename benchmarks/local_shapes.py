@@ -31,7 +31,7 @@ import torch.distributed as dist
 from keras import layers
 
 from keras_tp.examples.train_transformer import BYTES, layout_map, transformer
-from keras_tp.layouts import local_shape
+from keras_tp.seam.variables import local_tensor
 from keras_tp.tables import plain_table, render, shapes_text, size_text
 
 
@@ -58,8 +58,8 @@ def held(tensor: torch.Tensor | None) -> int:
 
 def measure(model: Any) -> dict[str, Any]:
     """Local shapes and live bytes on this rank."""
-    parameters = [keras_tp.variables.local_tensor(v) for v in model.variables]
-    slots = [keras_tp.variables.local_tensor(v) for v in model.optimizer.variables]
+    parameters = [local_tensor(v) for v in model.variables]
+    slots = [local_tensor(v) for v in model.optimizer.variables]
     return {
         "shapes": keras_tp.local_shapes(model),
         "parameters": sum(held(p) for p in parameters),
@@ -82,9 +82,7 @@ def report(title: str, plan: keras_tp.Plan, everywhere: list[dict[str, Any]]) ->
     for kind, (variables, copies) in amounts.items():
         ideal = copies * sum(_bytes(v.shape) / (ranks if v.sharded else 1) for v in variables)
         for rank, result in enumerate(everywhere):
-            should = copies * sum(
-                _bytes(local_shape(v.shape, v.layout, v.mesh, rank)) for v in variables
-            )
+            should = copies * sum(_bytes(v.local_shape(rank)) for v in variables)
             right = result[kind] == should
             fine = fine and right
             bytes_table.add_row(
@@ -141,7 +139,7 @@ def main() -> None:
         if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
             failed.append(ranks)
     if failed:
-        sys.exit(f"a rank holds other amounts than it should, on {failed} ranks")
+        sys.exit(f"wrong amounts or a failure, see above, on {failed} ranks")
     print("\nevery rank holds exactly what it should")
 
 

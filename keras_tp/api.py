@@ -13,10 +13,11 @@ import numpy as np
 
 from keras_tp.backend import require_torch
 from keras_tp.errors import LayoutError
-from keras_tp.planner import make_plan
+from keras_tp.planner import check_model, make_plan
 from keras_tp.plans import Plan
-from keras_tp.variables import local_tensor, walk_layers, whole_numpy
-from keras_tp.wrapper import apply_plan, check_new
+from keras_tp.seam.layers import variables_of, walk_layers
+from keras_tp.seam.variables import full_numpy, local_tensor
+from keras_tp.wrapper import apply_plan
 
 
 def plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
@@ -32,8 +33,10 @@ def plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
         strict: make a pattern that matches nothing an error, not a warning.
 
     Raises:
-        LayoutError: every problem of the layout map at once: unknown axes, wrong
-            numbers of entries, two patterns for one variable, an unbuilt model.
+        LayoutError: every problem of the layout map at once: wrong numbers of
+            entries, two patterns for one variable, unknown axes (of which Keras
+            itself refuses most, one at a time, as they are put into the map).
+            Or a model that is not built, or parallelized already.
 
     Example:
         >>> mesh = keras_tp.device_mesh({"batch": 1, "model": 2})
@@ -54,55 +57,67 @@ def parallelize(
     of the model, and each optimizer slot made before or later, stores this
     rank's shard, with the first rank's values; `fit`, `evaluate`, `predict` and
     direct calls take and give whole batches, the same on every rank, and give
-    the numbers of one process. Every rank also takes over the first one's
-    random state (Python, NumPy, torch), so that shuffling and dropout agree.
+    the numbers of one process. Ranks that are fed different batches are told.
+    Every rank also takes over the first one's random state (Python, NumPy,
+    torch), so that shuffling and dropout agree.
 
-    Joins the process group if need be (`keras_tp.initialize`). After an error
-    the model is as it was.
+    Joins the process group if need be (`keras_tp.initialize`). After a
+    LayoutError the model is as it was.
 
     Args:
         model: a built Keras model, compiled or not.
         layout_map: as for `keras_tp.plan`.
         plan: a plan of this model, instead of a layout map.
-        strict: as for `keras_tp.plan`.
+        strict: as for `keras_tp.plan`; not with a plan, which was made already.
 
     Returns:
         `model`.
 
     Raises:
         LayoutError: as for `keras_tp.plan`; also a mesh that does not fit the
-            job, ranks that disagree, a model that is parallelized already, an
-            optimizer that would not give the same numbers on shards.
+            job, ranks that disagree, an optimizer that would not give the same
+            numbers on shards.
     """
     require_torch()
-    if (layout_map is None) == (plan is None):
+    if (layout_map is None) == (plan is None) or (strict and plan is not None):
         raise LayoutError(
-            "give either a layout map or a plan.", where="parallelize(model, layout_map, plan=...)"
+            "give either a layout map (and strict, if wanted) or a plan.",
+            where="parallelize(model, layout_map, plan=...)",
         )
-    check_new(model, walk_layers(model))
-    return apply_plan(model, plan or make_plan(model, layout_map, strict=strict))
+    if plan is None:
+        plan = make_plan(model, layout_map, strict=strict)
+    elif not isinstance(plan, Plan):
+        raise LayoutError(
+            f"expected a keras_tp.Plan, got {type(plan).__name__}.",
+            where="parallelize(model, plan=...)",
+        )
+    check_model(model)
+    return apply_plan(model, plan)
 
 
 def local_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of what this rank stores of every variable, by path. No communication."""
+    """Shape of what this rank stores of every variable, by path. No communication.
+
+    Of a model that is not parallelized these are the full shapes. A path that
+    comes again is told apart by `#2`, `#3`, ... behind it.
+    """
     return {path: tuple(local_tensor(v).shape) for path, v in _by_path(model)}
 
 
 def full_weights(model: Any) -> dict[str, np.ndarray]:
-    """The full value of every variable, by path.
+    """The full value of every variable, by path (as in `local_shapes`).
 
     Collective: every rank of the job must call it, and each gets all of them,
     one all-gather per sharded variable and axis. Of a model that is not
     parallelized it gives the values.
     """
-    return {path: whole_numpy(v) for path, v in _by_path(model)}
+    return {path: full_numpy(v) for path, v in _by_path(model)}
 
 
 def _by_path(model: Any) -> list[tuple[str, Any]]:
-    """Variables by path; a path that comes again gets `#2`, `#3`, ..."""
     seen: dict[str, int] = {}
     named = []
-    for v in {id(v): v for owner in walk_layers(model) for v in owner.variables}.values():
+    for v in variables_of(walk_layers(model)):
         seen[v.path] = seen.get(v.path, 0) + 1
         named.append((v.path if seen[v.path] == 1 else f"{v.path}#{seen[v.path]}", v))
     return named

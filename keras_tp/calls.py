@@ -8,18 +8,16 @@ for shapes, the class's own `call` runs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
-import keras
 import torch
 from keras import ops
 
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutWarning
 from keras_tp.layouts import chunk_bounds
-from keras_tp.plans import StylePlan
-from keras_tp.variables import ShardedVariable, gathered_once, is_symbolic
+from keras_tp.plans import Computation, Contraction, StylePlan
+from keras_tp.seam.variables import ShardedVariable, gathered_once, is_symbolic
 
 
 class Stage:
@@ -53,26 +51,23 @@ class ShardCall:
 
     Args:
         layer: a built layer whose class's `call` is still its own.
-        weights: names of the layer's weights; the first is the one whose layout
-            decided the styles.
+        computation: what that `call` computes.
     """
 
-    def __init__(self, layer: Any, weights: tuple[str, ...]):
+    def __init__(self, layer: Any, computation: Computation):
         self.layer = layer
+        self.computation = computation
         self.original = layer.call
-        self.weights = {name: getattr(layer, name) for name in weights}
+        self.weights = {name: getattr(layer, name) for name in computation.weights}
         self.stages: list[Stage] = []
 
-    def add(self, stage: Stage) -> None:
-        self.stages.append(stage)
-
     def read(self, name: str) -> torch.Tensor:
-        """The weight as the computation wants it: a shard along some axes, whole along others."""
+        """The weight as the computation wants it: a shard along some axes, full along others."""
         variable = self.weights[name]
         if not isinstance(variable, ShardedVariable):
             return variable.value
         keep = {stage.axis.name for stage in self.stages if name in stage.plan.local}
-        return variable.whole(keep)
+        return variable.full(keep)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if is_symbolic():
@@ -90,24 +85,25 @@ class ShardCall:
         return self.compute(inputs)
 
     def compute(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The layer's output, replicated, of its replicated input."""
         raise NotImplementedError
 
 
 class ContractionCall(ShardCall):
-    """`activation(contract(x, kernel) + bias)`: Dense and EinsumDense."""
+    """`activation(contract(x, kernel) + bias)`."""
+
+    computation: Contraction
 
     def compute(self, inputs: torch.Tensor) -> torch.Tensor:
         x, layer = inputs, self.layer
         for stage in self.stages:
             x = stage.enter(x)
-        if isinstance(layer, keras.layers.EinsumDense):
-            y = ops.einsum(layer.equation, x, self.read("kernel"))
-        else:
-            y = ops.matmul(x, self.read("kernel"))
+        kernel, equation = self.read("kernel"), self.computation.equation
+        y = ops.einsum(equation, x, kernel) if equation else ops.matmul(x, kernel)
         for stage in self.stages:
             y = stage.combine(y)
-        # A bias that is cut like the output is added to the shard, a whole one
-        # to the gathered output; either way once, and after the reduction. The
+        # A bias that is sharded like the output is added to the shard, another to
+        # the gathered output; either way once, and after the reduction. The
         # activation sees what leaves the layer, so that it may be any (softmax).
         for stage in self.stages:
             if "bias" not in stage.plan.local:
@@ -121,7 +117,7 @@ class ContractionCall(ShardCall):
 
 
 class LookupCall(ShardCall):
-    """`take(embeddings, ids, axis=0)`: Embedding.
+    """`take(embeddings, ids, axis=0)`.
 
     Along an axis that cuts the vocabulary a rank looks up the ids it has and
     puts zeros for the others, so that the sum over the ranks is the lookup
@@ -131,7 +127,7 @@ class LookupCall(ShardCall):
     def compute(self, inputs: torch.Tensor) -> torch.Tensor:
         table = self.read("embeddings")
         ids = ops.cast(inputs, "int64")
-        cut = next((s.axis for s in self.stages if s.plan.name == "vocabulary"), None)
+        cut = next((s for s in self.stages if s.plan.name == "vocabulary"), None)
         y = ops.take(table, ids, axis=0) if cut is None else self._take_shard(table, ids, cut)
         # Cast before the reduction: all but one summand are zeros, so it stays exact.
         y = ops.cast(y, self.layer.compute_dtype)
@@ -139,14 +135,14 @@ class LookupCall(ShardCall):
             y = stage.leave(stage.combine(y))
         return y
 
-    def _take_shard(self, table: torch.Tensor, ids: torch.Tensor, axis: Axis) -> torch.Tensor:
-        total = self.layer.input_dim
+    def _take_shard(self, table: torch.Tensor, ids: torch.Tensor, cut: Stage) -> torch.Tensor:
+        total = cut.plan.size
         ids = torch.where(ids < 0, ids + total, ids)
         torch._assert_async(
             ((ids >= 0) & (ids < total)).all(),
             f"'{self.layer.path}' was given an id outside its vocabulary of {total}",
         )
-        start, count = chunk_bounds(total, axis.size, axis.rank)
+        start, count = chunk_bounds(total, cut.axis.size, cut.axis.rank)
         mine = (ids >= start) & (ids < start + count)
         if count == 0:  # nothing to look up; the table still takes part in the gradient
             return table.sum() + table.new_zeros((*ids.shape, table.shape[1]))
@@ -168,20 +164,9 @@ class GatheredCall:
             return self.original(*args, **kwargs)
 
 
-_CALLS: dict[type, Callable[[Any], ShardCall]] = {
-    keras.layers.Dense: lambda layer: ContractionCall(layer, _weights(layer)),
-    keras.layers.EinsumDense: lambda layer: ContractionCall(layer, _weights(layer)),
-    keras.layers.Embedding: lambda layer: LookupCall(layer, ("embeddings",)),
-}
-
-
-def _weights(layer: Any) -> tuple[str, ...]:
-    return ("kernel",) if layer.bias is None else ("kernel", "bias")
-
-
-def shard_call(layer: Any) -> ShardCall:
+def shard_call(layer: Any, computation: Computation) -> ShardCall:
     """The layer's computation on shards, put in place of its `call` on first use."""
     if not isinstance(layer.call, ShardCall):
-        make = next(make for cls, make in _CALLS.items() if isinstance(layer, cls))
-        layer.call = make(layer)
+        make = ContractionCall if isinstance(computation, Contraction) else LookupCall
+        layer.call = make(layer, computation)
     return layer.call

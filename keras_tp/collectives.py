@@ -148,7 +148,9 @@ class _Split(torch.autograd.Function):
 def broadcast_object(value: Any) -> Any:
     """The first rank's `value`, on every rank of the job. Collective.
 
-    Travels pickled; for small things that are no tensors.
+    Travels pickled; for small things that are no tensors. Unlike torch's
+    `broadcast_object_list` it starts from this rank's own value, so that it
+    works on the virtual ranks of a fake group, whose broadcasts change nothing.
     """
     data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     device = control_device()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import keras
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from keras_tp.errors import LayoutError
 from keras_tp.layouts import MeshShape, chunk_bounds
+from keras_tp.mesh import job_rank
 
 
 class DataSharder:
@@ -27,8 +26,8 @@ class DataSharder:
 
     Args:
         mesh: a `keras.distribution.DeviceMesh`.
-        batch_axis: the mesh axis along which the batch is cut. A mesh without it
-            replicates everything.
+        batch_axis: the mesh axis along which the batch is cut. A mesh without an
+            axis "batch" replicates everything.
 
     Attributes:
         placements: one torch placement per mesh axis.
@@ -42,6 +41,11 @@ class DataSharder:
                 where="DataSharder",
             )
         self.mesh = MeshShape.from_keras(mesh)
+        if batch_axis not in self.mesh.axes and batch_axis != "batch":
+            raise LayoutError(
+                f"batch_axis={batch_axis!r} is no axis of the mesh ({self.mesh}).",
+                where="DataSharder",
+            )
         self.batch_axis = batch_axis
         self.placements: tuple[Placement, ...] = tuple(
             Shard(0) if axis == batch_axis else Replicate() for axis in self.mesh.axes
@@ -61,8 +65,11 @@ class DataSharder:
         if len(lengths) > 1:
             shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
             raise ValueError(f"a batch needs the same number of rows in every array, got {shapes}")
-        rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-        replica = self.mesh.coordinates(rank)[self.mesh.axes.index(self.batch_axis)]
+        if job_rank() not in self.mesh.ranks:
+            raise LayoutError(
+                f"rank {job_rank()} is not in the mesh ({self.mesh}).", where="DataSharder"
+            )
+        replica = self.mesh.coordinates(job_rank())[self.mesh.axes.index(self.batch_axis)]
         replicas = self.mesh.axis_size(self.batch_axis)
 
         def take(leaf: Any) -> Any:

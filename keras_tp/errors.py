@@ -9,14 +9,15 @@ from typing import Any
 class LayoutError(ValueError):
     """A layout map, plan or mesh that does not fit the model or the job.
 
-    Raised before anything is changed. The message lists every problem found,
-    each with the path or pattern it concerns, the numbers and a remedy:
+    Raised before anything is changed. The message lists every problem of the
+    kind that was looked at, each with the path or pattern it concerns, the
+    numbers and what to do:
 
     ```
     LayoutError: 2 problems in this layout map (mesh: batch=1, model=4)
-      1. pattern '.*qkv/kernel' matches no variable. Nearest: 'query/kernel'.
-      2. 'head/kernel' has shape (512, 1002), 2 dims, but pattern 'head/.*'
-         gives a layout of 3 entries: (None, None, 'model').
+      1. '/kernel' is matched by 2 patterns: '.*', '.*/kernel'. Narrow them until one is left.
+      2. pattern 'head' gives 'head' (512, 1002) a layout (None, None, 'model') of 3 entries
+         for 2 dims; give each dim an axis or None.
     ```
 
     Attributes:

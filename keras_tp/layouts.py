@@ -60,6 +60,7 @@ class MeshShape:
         return math.prod(self.sizes)
 
     def axis_size(self, axis: str) -> int:
+        """Number of ranks along `axis`."""
         return self.sizes[self.axes.index(axis)]
 
     @cached_property
@@ -117,7 +118,9 @@ def layout_problems(axes: Sequence[Any], shape: Shape, mesh: MeshShape) -> list[
     """
     problems = []
     if len(axes) != len(shape):
-        problems.append(f"of {len(axes)} entries for {len(shape)} dims")
+        problems.append(
+            f"of {len(axes)} entries for {len(shape)} dims; give each dim an axis or None"
+        )
     names = [axis for axis in axes if isinstance(axis, str)]
     for entry in axes:
         if entry is not None and not isinstance(entry, str):
@@ -128,6 +131,6 @@ def layout_problems(axes: Sequence[Any], shape: Shape, mesh: MeshShape) -> list[
             problems.append(f"that names axis {name!r}; the mesh has {known}")
         elif names.count(name) > 1:
             problems.append(
-                f"that uses axis {name!r} on {names.count(name)} dims; it can shard one"
+                f"that uses axis {name!r} on {names.count(name)} dims; an axis can cut one of them"
             )
     return problems

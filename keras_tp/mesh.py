@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import math
+import operator
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -31,16 +35,41 @@ def initialize(backend: str | None = None, *, timeout: timedelta | None = None) 
             (see `KERAS_TORCH_DEVICE`), gloo otherwise.
         timeout: how long a collective may wait for a rank that does not come;
             torch's default is 30 minutes for gloo, 10 for nccl.
+
+    Raises:
+        LayoutError: more ranks than GPUs on this host, and no backend given.
     """
     if dist.is_initialized():
         return
     on_cuda = device_type() == "cuda"
     if on_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus and backend is None:
+            raise LayoutError(
+                f"rank {job_rank()} is number {local_rank} on a host of {gpus} GPUs, counting from "
+                "0. Start as many ranks as GPUs, or let them share with backend='gloo'.",
+                where="this job",
+            )
+        torch.cuda.set_device(local_rank % gpus)
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         options.update(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"), **options)
+    _leave_at_exit()
+
+
+def job_rank() -> int:
+    """This process's rank in the job, before and after `initialize`."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def job_size() -> int:
+    """Number of ranks in the job, before and after `initialize`."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+@functools.cache
+def _leave_at_exit() -> None:
     atexit.register(_leave)
 
 
@@ -67,7 +96,7 @@ def device_mesh(shape: dict[str, int]) -> keras.distribution.DeviceMesh:
     job has as many.
 
     >>> mesh = device_mesh({"batch": 1, "model": 4})
-    >>> keras.distribution.LayoutMap(mesh)
+    >>> layout_map = keras.distribution.LayoutMap(mesh)
 
     Args:
         shape: axis name to number of ranks, slowest varying first.
@@ -75,29 +104,41 @@ def device_mesh(shape: dict[str, int]) -> keras.distribution.DeviceMesh:
     Returns:
         A mesh whose devices are called `"cpu:0"`, `"cpu:1"`, ... (`"gpu:0"`,
         ... on CUDA), the number being the rank.
+
+    Raises:
+        LayoutError: no axes, or a size that is not a whole number from 1.
     """
+    if not isinstance(shape, dict) or not shape:
+        raise LayoutError(
+            f"expected axis names and sizes such as {{'model': 2}}, got {shape!r}.",
+            where="device_mesh",
+        )
+    sizes = {name: _whole_number(size) for name, size in shape.items()}
     problems = [
-        f"axis {name!r} has size {size!r}; a size is a whole number from 1."
-        for name, size in shape.items()
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1
+        f"axis {name!r} has size {shape[name]!r}; a size is a whole number from 1."
+        for name, size in sizes.items()
+        if size < 1
     ]
-    if not shape:
-        problems.append("a mesh needs at least one axis, such as {'model': 2}.")
     if problems:
         raise LayoutError(problems, where=f"device_mesh({shape})")
     kind = "gpu" if device_type() == "cuda" else "cpu"
-    total = 1
-    for size in shape.values():
-        total *= size
+    ranks = range(math.prod(sizes.values()))
     return keras.distribution.DeviceMesh(
-        tuple(shape.values()), list(shape), [f"{kind}:{rank}" for rank in range(total)]
+        tuple(sizes.values()), [str(name) for name in sizes], [f"{kind}:{rank}" for rank in ranks]
     )
+
+
+def _whole_number(size: Any) -> int:
+    try:
+        return 0 if isinstance(size, bool) else operator.index(size)
+    except TypeError:
+        return 0
 
 
 # Torch meshes by what they are, never by the id of a Keras object: ids are
 # reused once an object is collected, and a rank that finds a stale mesh while
-# another makes a new one leaves the job waiting. Meshes do not outlive the
-# process group they were made under.
+# another makes a new one leaves the job waiting. A mesh does not outlive the
+# process group it was made under.
 _MESHES: dict[dist.ProcessGroup, dict[MeshShape, DeviceMesh]] = {}
 
 
@@ -109,7 +150,11 @@ def torch_mesh(shape: MeshShape) -> DeviceMesh:
     """
     world = dist.group.WORLD
     assert world is not None
-    meshes = _MESHES.setdefault(world, {})
+    if world not in _MESHES:
+        _MESHES.clear()
+        _MESHES[world] = {}
+        _leave_at_exit()
+    meshes = _MESHES[world]
     if shape not in meshes:
         ranks = torch.tensor(shape.ranks).reshape(shape.sizes)
         meshes[shape] = DeviceMesh(device_type(), ranks, mesh_dim_names=shape.axes)
@@ -118,11 +163,12 @@ def torch_mesh(shape: MeshShape) -> DeviceMesh:
 
 def check_ranks(shape: MeshShape) -> None:
     """Raises LayoutError unless the ranks of the mesh are those of the job."""
-    ranks = dist.get_world_size() if dist.is_initialized() else int(os.getenv("WORLD_SIZE", "1"))
+    ranks = job_size()
     if shape.size != ranks:
         raise LayoutError(
-            f"the mesh has {shape.size} ranks ({shape}) but the job has {ranks}. Start it with "
-            f"`torchrun --nproc-per-node {shape.size}`, or make a mesh of {ranks}.",
+            f"the mesh has {shape.size} ranks ({shape}) but the job has {ranks}. Start as many "
+            f"(`torchrun --standalone --nproc-per-node {shape.size} ...` on one host), or make a "
+            f"mesh of {ranks}.",
             where="this mesh",
         )
     if sorted(shape.ranks) != list(range(ranks)):
@@ -130,4 +176,16 @@ def check_ranks(shape: MeshShape) -> None:
             f"the mesh's devices stand for ranks {list(shape.ranks)}, not for 0 to {ranks - 1}. "
             "keras_tp.device_mesh names them.",
             where="this mesh",
+        )
+
+
+def check_devices(tensors: Iterable[torch.Tensor]) -> None:
+    """Raises LayoutError if a tensor is on another device than this rank computes on."""
+    here = keras.ops.convert_to_tensor(0).device
+    elsewhere = {tensor.device for tensor in tensors} - {here}
+    if elsewhere:
+        raise LayoutError(
+            f"weights are on {', '.join(map(str, elsewhere))} where rank {job_rank()} computes on "
+            f"{here}. Call keras_tp.initialize() before the model is made.",
+            where="this model",
         )

@@ -28,6 +28,11 @@ def optimizer_problems(optimizer: Any) -> list[str]:
     """Why `optimizer` would not give the one-process numbers on shards; empty if it would."""
     problems = []
     name = type(optimizer).__name__
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return [
+            f"{name} skips a step when a gradient overflows, and a rank sees its shards' only. "
+            "Keras adds it for float16: use 'mixed_bfloat16', or compile(auto_scale_loss=False)."
+        ]
     if not _updates_elementwise(optimizer):
         known = ", ".join(cls.__name__ for cls in ELEMENTWISE)
         problems.append(

@@ -32,12 +32,12 @@ class Claims:
     """Outcome of matching every pattern against every path.
 
     Attributes:
-        of: path -> the pattern that claims it, for the claimed ones.
+        pattern_of: path -> the pattern that claims it, for the claimed ones.
         unused: patterns that match no path, in the map's order.
         problems: ambiguous paths and patterns that are no valid regex.
     """
 
-    of: dict[str, str] = field(default_factory=dict)
+    pattern_of: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ def match_paths(patterns: Sequence[Any], paths: Sequence[str]) -> Claims:
             matching = [path]
         used.update(matching)
         if len(matching) == 1:
-            claims.of[path] = matching[0]
+            claims.pattern_of[path] = matching[0]
         elif matching:
             claims.problems.append(
                 f"{path!r} is matched by {len(matching)} patterns: "

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import MeshShape, layout_problems
-from keras_tp.patterns import Claims, match_paths, nearest
-from keras_tp.plans import Collective, LayerPlan, Plan, StylePlan, VariablePlan
-from keras_tp.rules import (
-    Description,
-    Weight,
-    collectives_of,
-    describe,
-    gathered_along,
-    style_along,
+from keras_tp.patterns import match_paths, nearest
+from keras_tp.plans import Collective, Computation, LayerPlan, Plan, StylePlan, VariablePlan
+from keras_tp.rules import Weight, collectives_of, computation_of, gathered_along, style_along
+from keras_tp.seam.layers import (
+    Owner,
+    overrides_build,
+    parallelized_part,
+    variables_of,
+    walk_layers,
 )
-from keras_tp.variables import Owner, overrides_build, walk_layers
 
 # These call their cell or layer once per time step: what it gathers is gathered
 # once, around all the steps.
@@ -28,41 +28,54 @@ _REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
 
 def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
     """Decides everything; see `keras_tp.plan`."""
+    check_model(model)
     mesh = _read_mesh(layout_map)
+    where = f"this layout map (mesh: {mesh})"
     owners = walk_layers(model)
-    problems = _unbuilt(model, owners)
-    variables = list({id(v): v for owner in owners for v in owner.variables}.values())
+    unbuilt = _unbuilt(model, owners)
+    if unbuilt:  # nothing can be said of patterns while variables are missing
+        raise LayoutError(unbuilt, where=f"model '{model.name}'")
+    variables = variables_of(owners)
     paths = [v.path for v in variables]
     claims = match_paths(list(layout_map), paths)
-    problems += claims.problems
-    notes = []
-    for pattern in claims.unused:
-        sentence = _unused(pattern, paths, owners)
-        if strict:
-            problems.append(sentence)
-        else:
-            notes.append(sentence)
-    plans = [_plan_variable(v, claims, layout_map, mesh, problems) for v in variables]
-    problems += _unshardable(owners, dict(zip(map(id, variables), plans, strict=True)))
+    unused = [_unused(pattern, paths, owners) for pattern in claims.unused]
+    plans = [_plan_variable(v, claims.pattern_of.get(v.path), layout_map, mesh) for v in variables]
+    index = {id(v): i for i, v in enumerate(variables)}
+    problems = [*claims.problems, *(unused if strict else ())]
+    problems += _layout_problems(plans, layout_map, mesh) or _unshardable(owners, plans, index)
     if problems:
-        raise LayoutError(problems, where=f"this layout map (mesh: {mesh})")
-    for note in notes:
-        warnings.warn(note, LayoutWarning, stacklevel=3)
-    layers = _plan_layers(owners, list(zip(variables, plans, strict=True)), mesh)
+        raise LayoutError(problems, where=where)
+    for sentence in unused:
+        warnings.warn(sentence, LayoutWarning, stacklevel=3)
+    layers = _plan_layers(owners, plans, index, mesh)
+    notes = [*unused, *_idle_axes(plans, mesh), *_full_reads(variables, plans)]
     return Plan(mesh, tuple(plans), tuple(layers), tuple(notes))
 
 
+def check_model(model: Any) -> None:
+    """Raises LayoutError unless `model` is a Keras model or layer, and not parallelized."""
+    if not isinstance(model, keras.layers.Layer):
+        raise LayoutError(
+            f"expected a Keras model, got {type(model).__name__}.", where="the arguments"
+        )
+    done = parallelized_part(model)
+    if done is not None:
+        raise LayoutError(
+            f"'{done}' is parallelized already, and a weight is sharded once. Plan and parallelize "
+            "the outermost model only, or a new model.",
+            where=f"model '{model.name}'",
+        )
+
+
 def _read_mesh(layout_map: Any) -> MeshShape:
+    make_one = "`keras.distribution.LayoutMap(keras_tp.device_mesh({'model': 2}))` makes one."
+    if isinstance(layout_map, Plan):
+        raise LayoutError("got a Plan for a layout map. Give it by name: plan=...")
     if not isinstance(layout_map, keras.distribution.LayoutMap):
-        raise LayoutError(
-            f"expected a keras.distribution.LayoutMap, got {type(layout_map).__name__}. Make one "
-            "with `keras.distribution.LayoutMap(keras_tp.device_mesh({'model': 2}))`."
-        )
+        found = type(layout_map).__name__
+        raise LayoutError(f"expected a keras.distribution.LayoutMap, got {found}. {make_one}")
     if layout_map.device_mesh is None:
-        raise LayoutError(
-            "the LayoutMap has no device mesh. Make it with "
-            "`keras.distribution.LayoutMap(keras_tp.device_mesh({'model': 2}))`."
-        )
+        raise LayoutError(f"the LayoutMap has no device mesh. {make_one}")
     mesh = MeshShape.from_keras(layout_map.device_mesh)
     problems = []
     if len(set(mesh.axes)) < len(mesh.axes):
@@ -97,7 +110,7 @@ def _unbuilt(model: Any, owners: list[Owner]) -> list[str]:
 
 def _unused(pattern: str, paths: list[str], owners: list[Owner]) -> str:
     outputs = [f"{owner.path}/output" for owner in owners]
-    named = list(match_paths([pattern], outputs).of)
+    named = list(match_paths([pattern], outputs).pattern_of)
     if named:
         return (
             f"pattern {pattern!r} names the output of layer '{named[0].removesuffix('/output')}': "
@@ -108,96 +121,128 @@ def _unused(pattern: str, paths: list[str], owners: list[Owner]) -> str:
 
 
 def _plan_variable(
-    variable: Any, claims: Claims, layout_map: Any, mesh: MeshShape, problems: list[str]
+    variable: Any, pattern: str | None, layout_map: Any, mesh: MeshShape
 ) -> VariablePlan:
-    pattern = claims.of.get(variable.path)
     shape = tuple(int(size) for size in variable.shape)
-    layout: tuple[Any, ...] = (None,) * len(shape)
-    if pattern is not None:
-        axes = tuple(layout_map[pattern].axes)
-        wrong = layout_problems(axes, shape, mesh)
-        problems += [
-            f"pattern {pattern!r} gives {variable.path!r} {shape} a layout {axes} {problem}."
-            for problem in wrong
-        ]
-        layout = layout if wrong else axes
     return VariablePlan(
         path=variable.path,
         shape=shape,
         dtype=keras.backend.standardize_dtype(variable.dtype),
         trainable=bool(variable.trainable),
-        layout=layout,
+        layout=tuple(layout_map[pattern].axes) if pattern else (None,) * len(shape),
         pattern=pattern,
         mesh=mesh,
     )
 
 
-def _unshardable(owners: list[Owner], plan_of: dict[int, VariablePlan]) -> list[str]:
+def _layout_problems(plans: list[VariablePlan], layout_map: Any, mesh: MeshShape) -> list[str]:
+    problems = [
+        f"pattern {v.pattern!r} gives {v.path!r} {v.shape} a layout {v.layout} {problem}."
+        for v in plans
+        for problem in layout_problems(v.layout, v.shape, mesh)
+    ]
+    for pattern, layout in layout_map.items():
+        if layout.device_mesh is not None:
+            other = MeshShape.from_keras(layout.device_mesh)
+            if other != mesh:
+                problems.append(
+                    f"the layout of pattern {pattern!r} is for another mesh ({other}) than the "
+                    "map's. Give the axis names as a tuple."
+                )
+    return problems
+
+
+def _unshardable(
+    owners: list[Owner], plans: list[VariablePlan], index: dict[int, int]
+) -> list[str]:
     return [
-        f"{v.path!r} is a weight of a torch module, which reads it behind Keras's back; it cannot "
-        "be sharded. Let no pattern match it."
+        f"pattern {plans[index[id(v)]].pattern!r} shards {v.path!r} of layer '{owner.path}', a "
+        "torch module, which reads its weights behind Keras's back. Narrow the pattern."
         for owner in owners
         if isinstance(owner.layer, keras.layers.TorchModuleWrapper)
         for v in owner.variables
-        if plan_of[id(v)].sharded
+        if plans[index[id(v)]].sharded
+    ]
+
+
+def _idle_axes(plans: list[VariablePlan], mesh: MeshShape) -> list[str]:
+    used = {axis for v in plans for axis in v.layout}
+    return [
+        f"nothing is sharded along axis {axis!r}: its {size} ranks all compute the same."
+        for axis, size in zip(mesh.axes, mesh.sizes, strict=True)
+        if size > 1 and axis not in used
+    ]
+
+
+def _full_reads(variables: Iterable[Any], plans: list[VariablePlan]) -> list[str]:
+    return [
+        f"the {what} of {plan.path!r} looks at the full weight, which is gathered for it once a "
+        "training step."
+        for variable, plan in zip(variables, plans, strict=True)
+        for what in ("regularizer", "constraint")
+        if plan.sharded and getattr(variable, what) is not None
     ]
 
 
 def _plan_layers(
-    owners: list[Owner], variables: list[tuple[Any, VariablePlan]], mesh: MeshShape
+    owners: list[Owner], plans: list[VariablePlan], index: dict[int, int], mesh: MeshShape
 ) -> list[LayerPlan]:
-    """`variables` pairs each Keras variable with its plan, in plan order."""
-    index = {id(variable): i for i, (variable, _) in enumerate(variables)}
-    plans = [plan for _, plan in variables]
-    holder: dict[int, Owner] = {}  # variable index -> the layer that gathers it for its cell
+    # Variable index -> the layer that gathers it, where that is not its owner.
+    gathered_by: dict[int, Owner] = {}
     layers = []
     for owner in owners:
         if isinstance(owner.layer, _REPEATING):
-            for below in walk_layers(owner.layer):
-                for variable in below.variables:
-                    if plans[index[id(variable)]].sharded:
-                        holder.setdefault(index[id(variable)], owner)
-        own = {index[id(v)]: v for v in owner.variables}
-        held = [i for i, by in holder.items() if by is owner and i not in own]
-        layers.append(_plan_layer(owner, own, held, holder, plans, mesh))
+            for variable in variables_of(walk_layers(owner.layer)):
+                if plans[index[id(variable)]].sharded:
+                    gathered_by.setdefault(index[id(variable)], owner)
+        layers.append(_plan_layer(owner, plans, index, gathered_by, mesh))
     return layers
 
 
 def _plan_layer(
     owner: Owner,
-    own: dict[int, Any],
-    held: list[int],
-    holder: dict[int, Owner],
     plans: list[VariablePlan],
+    index: dict[int, int],
+    gathered_by: dict[int, Owner],
     mesh: MeshShape,
 ) -> LayerPlan:
-    description, why_not = describe(owner.layer)
-    names = _names(owner, own, description)
-    if description is not None and not set(description.weights) <= set(names):
-        description, why_not = None, "its weights belong to another layer"
-    held_by = next((holder[i] for i in own if i in holder), None)
-    if held_by is not None and held_by is not owner:
-        description, why_not = None, f"once for all the steps of '{held_by.path}'"
+    own = [index[id(v)] for v in owner.variables]
+    computation, why_not = computation_of(owner.layer)
+    names = _names(owner, index, computation)
+    if computation is not None and not set(computation.weights) <= set(names):
+        computation, why_not = None, "its weights belong to another layer"
+    above = next((gathered_by[i] for i in own if i in gathered_by), owner)
+    if above is not owner:
+        computation = None
+        why_not = f"every time step needs it, so '{above.path}' gathers it once around them all"
     weights = {name: Weight(plans[i].shape, plans[i].layout) for name, i in names.items()}
+    # What this layer gathers for the cell below it.
+    held = [i for i, by in gathered_by.items() if by is owner and i not in own]
     styles: list[StylePlan] = []
     forward: list[Collective] = []
     backward: list[Collective] = []
     for axis, size in zip(mesh.axes, mesh.sizes, strict=True):
-        style = style_along(axis, description, weights) if size > 1 else None
+        style = style_along(axis, computation, weights) if size > 1 else None
         if style is None and any(axis in plans[i].layout for i in held):
             style = gathered_along(axis)
         if style is not None:
             styles.append(style)
-            ahead, back = collectives_of(style, description, weights)
+            ahead, back = collectives_of(style, computation, weights)
             forward += ahead
             backward += back
-    gathers = []
-    if styles and all(style.name == "gathered" for style in styles):
-        gathers = [i for i in own if plans[i].sharded and holder.get(i, owner) is owner] + held
+    if all(style.name == "gathered" for style in styles):
+        if computation is not None and styles:
+            why_not = f"its {computation.weights[0]} is not sharded along that axis"
+        computation = None
+        mine = [i for i in own if plans[i].sharded and gathered_by.get(i, owner) is owner]
+        gathers = mine + held
+    else:
+        gathers = []
     return LayerPlan(
         path=owner.path,
         kind=type(owner.layer).__name__,
         variables=tuple(own),
+        computation=computation,
         styles=tuple(styles),
         gathers=tuple(gathers),
         forward=tuple(forward),
@@ -206,22 +251,22 @@ def _plan_layer(
     )
 
 
-def _names(owner: Owner, own: dict[int, Any], description: Description | None) -> dict[str, int]:
-    """Names the layer's own variables: as its description does, else by the variable's name."""
-    position = {id(variable): i for i, variable in own.items()}
+def _names(owner: Owner, index: dict[int, int], computation: Computation | None) -> dict[str, int]:
+    """Names the layer's own variables: as its computation does, else by the variable's name."""
+    left = {id(variable): variable for variable in owner.variables}
     names = {}
-    for name in description.weights if description else ():
-        i = position.pop(id(getattr(owner.layer, name)), None)
-        if i is not None:
-            names[name] = i
-    for i in position.values():
-        name = own[i].name
-        names[name if name not in names else f"{name}_{i}"] = i
+    for name in computation.weights if computation else ():
+        variable = left.pop(id(getattr(owner.layer, name)), None)
+        if variable is not None:
+            names[name] = index[id(variable)]
+    for variable in left.values():
+        i = index[id(variable)]
+        names[variable.name if variable.name not in names else f"{variable.name}_{i}"] = i
     return names
 
 
 def _reason(styles: list[StylePlan], plans: list[VariablePlan], why_not: str) -> str:
-    if not plans:
+    if not any("float" in plan.dtype for plan in plans):
         return ""
     if not styles:
         claimed = [plan for plan in plans if plan.pattern is not None]
@@ -232,9 +277,9 @@ def _reason(styles: list[StylePlan], plans: list[VariablePlan], why_not: str) ->
             return "its layout shards nothing"
         return f"one rank along {', '.join(sorted(axes))}"
     reasons = {
-        "column": "output gathered: its readers are not proven to take shards",
-        "row": "input sliced: it arrives replicated",
-        "batched": "input sliced, output gathered: its neighbours are not proven to take shards",
+        "column": "its output is gathered: layers do not yet hand shards to each other",
+        "row": "its input is sliced: layers do not yet hand shards to each other",
+        "batched": "input sliced, output gathered: layers do not yet hand shards to each other",
         "gathered": f"gathered on use: {why_not}",
     }
     return "; ".join(reasons[s.name] for s in styles if s.name in reasons)

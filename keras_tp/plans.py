@@ -7,9 +7,10 @@ on whichever process they were made.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +38,42 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Contraction:
+    """A layer that computes `activation(contract(x, kernel) + bias)`: Dense, EinsumDense.
+
+    Labels are one letter per dim; "..." stands for leading or trailing dims
+    that the kernel does not see.
+
+    Attributes:
+        input, kernel, output: labels of each.
+        bias: one label per dim of the bias.
+        equation: what `keras.ops.einsum` is given; empty for a matmul.
+        weights: names of the layer's weights that take part, the kernel first.
+    """
+
+    input: str
+    kernel: str
+    output: str
+    bias: str
+    equation: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A layer that computes `take(embeddings, ids, axis=0)` of a (vocabulary, width) table.
+
+    Attributes:
+        weights: names of the layer's weights that take part.
+    """
+
+    weights: tuple[str, ...] = ("embeddings",)
+
+
+Computation = Contraction | Lookup
+
+
+@dataclass(frozen=True)
 class StylePlan:
     """How one layer computes along one mesh axis.
 
@@ -51,7 +88,7 @@ class StylePlan:
         local: names of the layer's weights that the computation uses as this
             rank's shard along the axis. Every other weight sharded along it is
             gathered for the call.
-        size: full size of the dim that is sharded, 0 for gathered.
+        size: full size of the dim that is sharded; 0 for gathered.
     """
 
     axis: str
@@ -82,7 +119,7 @@ class VariablePlan:
     trainable: bool
     layout: Layout
     pattern: str | None
-    mesh: MeshShape
+    mesh: MeshShape = field(repr=False)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
@@ -112,11 +149,13 @@ class LayerPlan:
         path: the layer's path; a layer without one is called by its name.
         kind: class name of the layer.
         variables: indices into `Plan.variables` of the variables it owns.
+        computation: what it computes on shards; None if it computes in full.
         styles: one per mesh axis along which something happens.
         gathers: indices of the sharded variables that are gathered at most once
             during a call of the layer: its own, or those of the cell it calls
             for every time step.
-        forward: collectives of each forward call.
+        forward: collectives of each forward call; of a cell, of each call of
+            the layer that steps it.
         backward: collectives of each backward call, given that the layer's
             input needs a gradient.
         reason: why the row is not better, in words; empty when it is best.
@@ -125,6 +164,7 @@ class LayerPlan:
     path: str
     kind: str
     variables: tuple[int, ...]
+    computation: Computation | None = None
     styles: tuple[StylePlan, ...] = ()
     gathers: tuple[int, ...] = ()
     forward: tuple[Collective, ...] = ()
@@ -145,8 +185,8 @@ class Plan:
         mesh: the mesh it is made for.
         variables: one entry for every variable of the model, in its order.
         layers: one entry for every layer, in the order of a depth-first walk.
-        notes: sentences about the layout map that are no errors, such as a
-            pattern that matches nothing.
+        notes: sentences for the user that are no errors, such as of a pattern
+            that matches nothing.
     """
 
     mesh: MeshShape
@@ -164,22 +204,26 @@ class Plan:
         return sum(math.prod(v.shape) * _itemsize(v.dtype) for v in self.variables)
 
     def collectives(self, phase: str) -> Counter[str]:
-        """How many collectives of each kind in `phase`, `"forward"` or `"backward"`.
+        """How many collectives of each kind the layers cause in `phase`.
 
-        Every layer is taken to be called once.
+        Args:
+            phase: `"forward"` or `"backward"`; each layer is called once.
         """
         return Counter(c.kind for layer in self.layers for c in getattr(layer, phase))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in lists, dicts, strings and numbers, ready for `json.dumps`."""
         return {
-            "mesh": {
-                "axes": list(self.mesh.axes),
-                "sizes": list(self.mesh.sizes),
-                "ranks": list(self.mesh.ranks),
-            },
-            "variables": [_variable_dict(v) for v in self.variables],
-            "layers": [_layer_dict(layer) for layer in self.layers],
+            "mesh": _plain(self.mesh),
+            "variables": [
+                {
+                    **_plain(v, leave_out="mesh"),
+                    "placements": [str(p) for p in v.placements],
+                    "local_shapes": [list(shape) for shape in v.local_shapes],
+                }
+                for v in self.variables
+            ],
+            "layers": [{**_plain(layer), "style": layer.style} for layer in self.layers],
             "notes": list(self.notes),
         }
 
@@ -189,6 +233,15 @@ class Plan:
         return plan_table(self)
 
 
+def _plain(value: Any, leave_out: str = "") -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, Placement):
+        names = [f.name for f in dataclasses.fields(value) if f.name != leave_out]
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
 def _itemsize(dtype: str) -> int:
     if dtype == "bool":
         return 1
@@ -196,39 +249,3 @@ def _itemsize(dtype: str) -> int:
         return {"uint16": 4, "uint32": 8}[dtype]
     digits = "".join(c for c in dtype.split("_")[0] if c.isdigit())
     return int(digits) // 8
-
-
-def _variable_dict(v: VariablePlan) -> dict[str, Any]:
-    return {
-        "path": v.path,
-        "shape": list(v.shape),
-        "dtype": v.dtype,
-        "trainable": v.trainable,
-        "layout": list(v.layout),
-        "placements": [str(p) for p in v.placements],
-        "local_shapes": [list(shape) for shape in v.local_shapes],
-        "pattern": v.pattern,
-    }
-
-
-def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
-    return {
-        "path": layer.path,
-        "kind": layer.kind,
-        "variables": list(layer.variables),
-        "styles": [
-            {
-                "axis": s.axis,
-                "name": s.name,
-                "input": str(s.input),
-                "output": str(s.output),
-                "local": list(s.local),
-                "size": s.size,
-            }
-            for s in layer.styles
-        ],
-        "gathers": list(layer.gathers),
-        "forward": [[c.kind, c.axis, c.of] for c in layer.forward],
-        "backward": [[c.kind, c.axis, c.of] for c in layer.backward],
-        "reason": layer.reason,
-    }

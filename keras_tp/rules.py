@@ -1,10 +1,10 @@
-"""What each Keras layer type can compute on shards, and how.
+"""What each Keras layer type can compute on shards, and at what price.
 
 A rule reads a layer and says what its `call` does in terms that sharding can
 be decided from: a `Contraction` (Dense, EinsumDense) or a `Lookup` (Embedding).
 A layer without a rule, or one whose class changes the computation its rule
-knows, is described by None and a reason; its sharded weights are gathered on
-use, which is right for any layer.
+knows, has None and a reason; its sharded weights are gathered on use, which is
+right for any layer.
 
 The choices are Megatron-LM's (Shoeybi et al. 2019, section 3), read off an
 einsum: a sharded label of the output makes a *column*, a contracted label a
@@ -22,65 +22,37 @@ import keras
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from keras_tp.layouts import Layout, Shape
-from keras_tp.plans import Collective, StylePlan
+from keras_tp.plans import Collective, Computation, Contraction, Lookup, StylePlan
 
 
-@dataclass(frozen=True)
-class Contraction:
-    """`activation(einsum(input, kernel -> output) + bias)`.
-
-    Labels are one letter per dim; "..." stands for leading or trailing dims
-    that the kernel does not see. `bias` has one label per dim of the bias.
-    """
-
-    input: str
-    kernel: str
-    output: str
-    bias: str
-    weights: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """`take(embeddings, ids, axis=0)` of a (vocabulary, width) table."""
-
-    weights: tuple[str, ...]
-
-
-Description = Contraction | Lookup
-
-
-def describe(layer: Any) -> tuple[Description | None, str]:
-    """The layer's computation, or None and the reason why it is not known.
+def computation_of(layer: Any) -> tuple[Computation | None, str]:
+    """What the layer computes, or None and the reason why it is not known.
 
     Only the exact `call` and weights of the Keras class count: a subclass that
     overrides them, LoRA and quantization each change what is computed.
     """
-    for rule in _RULES.items():
-        cls: Any = rule[0]
-        same, reader = rule[1]
+    for cls, same, read in _RULES:
         if not isinstance(layer, cls):
             continue
-        name = cls.__name__
         for attribute in same:
             if getattr(type(layer), attribute, None) is not getattr(cls, attribute, None):
-                return None, f"{type(layer).__name__} overrides {name}.{attribute}"
+                return None, f"{type(layer).__name__} overrides {cls.__name__}.{attribute}"
         if "call" in vars(layer):
             return None, "its call was replaced on the instance"
         if getattr(layer, "lora_enabled", False):
             return None, "LoRA adds to the weight"
         if getattr(layer, "quantization_mode", None) is not None:
             return None, f"the weight is quantized ({layer.quantization_mode})"
-        return reader(layer)
+        return read(layer)
     return None, f"no rule computes {type(layer).__name__} on shards"
 
 
-def _dense(layer: Any) -> tuple[Description | None, str]:
-    bias = layer.bias is not None
-    return Contraction("...x", "xy", "...y", "y" if bias else "", _kernel_and(bias)), ""
+def _dense(layer: Any) -> tuple[Computation | None, str]:
+    bias = "" if layer.bias is None else "y"
+    return Contraction("...x", "xy", "...y", bias, "", _weights(bias)), ""
 
 
-def _einsum_dense(layer: Any) -> tuple[Description | None, str]:
+def _einsum_dense(layer: Any) -> tuple[Computation | None, str]:
     match = re.fullmatch(
         r"(\.\.\.)?([a-zA-Z]+)(\.\.\.)?,([a-zA-Z]+)->(\.\.\.)?([a-zA-Z]+)(\.\.\.)?",
         layer.equation.replace(" ", ""),
@@ -94,38 +66,36 @@ def _einsum_dense(layer: Any) -> tuple[Description | None, str]:
     if layer.bias is not None:
         # Keras gives the bias one dim per output label from the first label of
         # `bias_axes` on, of size 1 where the label is not among them.
-        first = min(outputs.index(label) for label in layer.bias_axes)
-        bias = outputs[first:]
+        bias = outputs[min(outputs.index(label) for label in layer.bias_axes) :]
         if len(bias) != len(layer.bias.shape):
             return None, f"the bias of {layer.equation!r} does not align with the output"
     return Contraction(
-        head + inputs + tail, kernel, head + outputs + tail, bias, _kernel_and(bool(bias))
+        input=head + inputs + tail,
+        kernel=kernel,
+        output=head + outputs + tail,
+        bias=bias,
+        equation=layer.equation,
+        weights=_weights(bias),
     ), ""
 
 
-def _embedding(layer: Any) -> tuple[Description | None, str]:
-    return Lookup(("embeddings",)), ""
+def _embedding(layer: Any) -> tuple[Computation | None, str]:
+    return Lookup(), ""
 
 
-def _kernel_and(bias: bool) -> tuple[str, ...]:
+def _weights(bias: str) -> tuple[str, ...]:
     return ("kernel", "bias") if bias else ("kernel",)
 
 
-# Class -> the attributes that must be the class's own for the rule to hold, and
+# A class, the attributes that must be the class's own for its rule to hold, and
 # what reads the computation off an instance.
-_RULES: dict[type, tuple[tuple[str, ...], Callable[[Any], tuple[Description | None, str]]]] = {
-    keras.layers.Dense: (("call", "kernel", "__call__"), _dense),
-    keras.layers.EinsumDense: (("call", "kernel", "__call__"), _einsum_dense),
-    keras.layers.Embedding: (("call", "embeddings", "__call__"), _embedding),
-}
-
-
-def dim_of(label: str, labels: str) -> int:
-    """Index of `label` among the dims `labels`, from the end if "..." leads."""
-    if labels.startswith("..."):
-        plain = labels[3:]
-        return plain.index(label) - len(plain)
-    return labels.index(label)
+_RULES: tuple[
+    tuple[type[Any], tuple[str, ...], Callable[[Any], tuple[Computation | None, str]]], ...
+] = (
+    (keras.layers.Dense, ("call", "kernel", "__call__"), _dense),
+    (keras.layers.EinsumDense, ("call", "kernel", "__call__"), _einsum_dense),
+    (keras.layers.Embedding, ("call", "embeddings", "__call__"), _embedding),
+)
 
 
 @dataclass(frozen=True)
@@ -137,53 +107,65 @@ class Weight:
 
 
 def style_along(
-    axis: str, description: Description | None, weights: dict[str, Weight]
+    axis: str, computation: Computation | None, weights: dict[str, Weight]
 ) -> StylePlan | None:
     """The style a layer gets along `axis`, or None where nothing of it is sharded there.
 
-    `weights` are the layer's own variables by name; a description's come under
+    `weights` are the layer's own variables by name; a computation's come under
     the names it gives in `weights`.
     """
     if not any(axis in weight.layout for weight in weights.values()):
         return None
-    main = weights[description.weights[0]] if description else None
-    if description is None or main is None or axis not in main.layout:
+    if computation is None or axis not in weights[computation.weights[0]].layout:
         return gathered_along(axis)
+    main = weights[computation.weights[0]]
     dim = main.layout.index(axis)
     size = main.shape[dim]
-    if isinstance(description, Lookup):
+    if isinstance(computation, Lookup):
         if dim == 0:
             return StylePlan(axis, "vocabulary", Replicate(), Partial(), ("embeddings",), size)
         return StylePlan(axis, "column", Replicate(), Shard(-1), ("embeddings",), size)
-    label = description.kernel[dim]
-    if label not in description.output:
-        split = Shard(dim_of(label, description.input))
+    label = computation.kernel[dim]
+    if label not in computation.output:
+        split = Shard(dim_of(label, computation.input))
         return StylePlan(axis, "row", split, Partial(), ("kernel",), size)
     # A bias sharded on the same label is added shard by shard, before the gather.
     bias = weights["bias"].layout if "bias" in weights else ()
-    with_bias = axis in bias and description.bias[bias.index(axis)] == label
+    with_bias = axis in bias and computation.bias[bias.index(axis)] == label
     local = ("kernel", "bias") if with_bias else ("kernel",)
-    output = Shard(dim_of(label, description.output))
-    if label in description.input:
-        split = Shard(dim_of(label, description.input))
+    output = Shard(dim_of(label, computation.output))
+    if label in computation.input:
+        split = Shard(dim_of(label, computation.input))
         return StylePlan(axis, "batched", split, output, local, size)
     return StylePlan(axis, "column", Replicate(), output, local, size)
 
 
 def gathered_along(axis: str) -> StylePlan:
-    """The style of a layer that computes with whole weights."""
+    """The style of a layer that computes with full weights."""
     return StylePlan(axis, "gathered", Replicate(), Replicate())
 
 
+def dim_of(label: str, labels: str) -> int:
+    """Index of `label` among the dims `labels`, from the end if "..." leads.
+
+    >>> dim_of("y", "...xy"), dim_of("y", "xy...")
+    (-1, 1)
+    """
+    if labels.startswith("..."):
+        plain = labels[3:]
+        return plain.index(label) - len(plain)
+    return labels.index(label)
+
+
 def collectives_of(
-    style: StylePlan, description: Description | None, weights: dict[str, Weight]
+    style: StylePlan, computation: Computation | None, weights: dict[str, Weight]
 ) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
     """What `style` communicates in a forward and in a backward call.
 
     `arrives replicated -> Shard` is a slice, whose gradient is gathered; `Shard
     -> leaves replicated` is the other way round; `Partial -> replicated` is an
     all-reduce with nothing to do backward; and a replicated input used on
-    sharded weights gets a partial gradient. Integer inputs get none.
+    sharded weights gets a partial gradient. Ids, which a lookup takes, get none.
     """
     forward, backward = [], []
     for name, weight in weights.items():
@@ -193,7 +175,7 @@ def collectives_of(
         forward.append(Collective("all_reduce", style.axis, "output"))
     if isinstance(style.output, Shard):
         forward.append(Collective("all_gather", style.axis, "output"))
-    if isinstance(description, Contraction) and style.name != "gathered":
+    if isinstance(computation, Contraction) and style.name != "gathered":
         kind = "all_gather" if isinstance(style.input, Shard) else "all_reduce"
         backward.append(Collective(kind, style.axis, "input gradient"))
     return tuple(forward), tuple(backward)

@@ -1,8 +1,7 @@
 """One tensor's shards: how to cut the full value and how to put it together again.
 
-DTensor is used at this edge and nowhere else: to distribute a value from the
-first rank, and to show a shard to torch's own tools. Computation sees plain
-local tensors.
+DTensor is used at this edge and nowhere else, to distribute a value from the
+first rank. Computation sees plain local tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from keras_tp.collectives import Axis, gather
@@ -49,7 +48,7 @@ class Shards:
             shard = shard.narrow(dim, *chunk_bounds(self.shape[dim], axis.size, axis.rank))
         return shard.clone(memory_format=torch.contiguous_format)
 
-    def whole(self, local: torch.Tensor, keep: Collection[str] = ()) -> torch.Tensor:
+    def full(self, local: torch.Tensor, keep: Collection[str] = ()) -> torch.Tensor:
         """The full value, or what is full except along the axes named in `keep`.
 
         Collective: one all-gather per sharded axis not kept. The gradient is
@@ -63,23 +62,11 @@ class Shards:
     def distribute(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the first rank's `full`.
 
-        Collective: one scatter or broadcast per mesh axis. The result shares no
-        memory with `full`, so that the full value can be freed.
+        Collective: one scatter or broadcast per mesh axis. A shard shares no
+        memory with `full`, which can then be freed.
         """
         full = full.detach()
         shard = distribute_tensor(full, torch_mesh(self.mesh), self.placements).to_local().detach()
         if self.cuts and shard.untyped_storage().nbytes() > shard.numel() * shard.itemsize:
             shard = shard.clone(memory_format=torch.contiguous_format)
         return shard
-
-    def dtensor(self, local: torch.Tensor) -> DTensor:
-        """`local` as a DTensor of the full shape, without a copy, for torch's own tools."""
-        strides = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            local,
-            torch_mesh(self.mesh),
-            self.placements,
-            run_check=False,
-            shape=torch.Size(self.shape),
-            stride=strides,
-        )

@@ -4,7 +4,8 @@ Each class carries out the `StylePlan` of the same name along one mesh axis:
 `parallelize_module(layer, mesh[axis], style)` puts a call on shards in place of
 the layer's own. Torch's styles of the same names accept `nn.Linear` and
 `nn.Embedding`, whose kernels are transposed against Keras's, and work through
-DTensors; these work on plain local tensors.
+DTensors; these work on plain local tensors, and are torch's only so that
+whoever asks with isinstance gets the true answer.
 
 By then the weights are shards: storage is decided for a variable over all axes
 at once, computation for a layer along each.
@@ -22,14 +23,18 @@ from torch.distributed.tensor.parallel import style as torch_style
 
 from keras_tp.calls import GatheredCall, Stage, shard_call
 from keras_tp.collectives import Axis, copy, gather, reduce, split
-from keras_tp.plans import StylePlan
-from keras_tp.variables import ShardedVariable
+from keras_tp.plans import Computation, StylePlan
+from keras_tp.seam.variables import ShardedVariable
 
 
 class _ShardStyle(Stage):
+    def __init__(self, plan: StylePlan, computation: Computation):
+        super().__init__(plan)
+        self.computation = computation
+
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> Any:
         self.axis = Axis.of(device_mesh, self.plan.axis)
-        shard_call(module).add(self)
+        shard_call(module, self.computation).stages.append(self)
         return module
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,8 +53,8 @@ class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
     gradient (none for a lookup).
     """
 
-    def __init__(self, plan: StylePlan):
-        _ShardStyle.__init__(self, plan)
+    def __init__(self, plan: StylePlan, computation: Computation):
+        _ShardStyle.__init__(self, plan, computation)
         torch_style.ColwiseParallel.__init__(
             self, input_layouts=Replicate(), output_layouts=Replicate()
         )
@@ -68,8 +73,8 @@ class RowwiseParallel(_ShardStyle, torch_style.RowwiseParallel):
     one all-gather of the input's gradient.
     """
 
-    def __init__(self, plan: StylePlan):
-        _ShardStyle.__init__(self, plan)
+    def __init__(self, plan: StylePlan, computation: Computation):
+        _ShardStyle.__init__(self, plan, computation)
         torch_style.RowwiseParallel.__init__(
             self, input_layouts=Replicate(), output_layouts=Replicate()
         )
@@ -102,9 +107,9 @@ class VocabularyParallel(_ShardStyle, torch_style.ParallelStyle):
 
 
 class GatheredOnUse(torch_style.ParallelStyle):
-    """Whole weights for the call, whatever the layer does with them.
+    """Full weights for the call, whatever the layer does with them, along all axes at once.
 
-    Forward one all-gather per sharded weight and axis that the call reads,
+    Forward one all-gather per axis of each sharded weight that the call reads,
     backward none: every rank computes the same, so the slice of the full
     gradient that belongs to a rank is right.
 
@@ -116,12 +121,11 @@ class GatheredOnUse(torch_style.ParallelStyle):
         self.variables = variables
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> Any:
-        if not isinstance(module.call, GatheredCall):  # once, not for every axis
-            module.call = GatheredCall(module, self.variables)
+        module.call = GatheredCall(module, self.variables)
         return module
 
 
-_STYLES: dict[str, Callable[[StylePlan], torch_style.ParallelStyle]] = {
+_STYLES: dict[str, Callable[[StylePlan, Computation], torch_style.ParallelStyle]] = {
     "column": ColwiseParallel,
     "row": RowwiseParallel,
     "batched": BatchedParallel,
@@ -129,6 +133,6 @@ _STYLES: dict[str, Callable[[StylePlan], torch_style.ParallelStyle]] = {
 }
 
 
-def make_style(plan: StylePlan) -> torch_style.ParallelStyle:
+def make_style(plan: StylePlan, computation: Computation) -> torch_style.ParallelStyle:
     """The style that carries out `plan`, for one layer. Not for `"gathered"`."""
-    return _STYLES[plan.name](plan)
+    return _STYLES[plan.name](plan, computation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import string
 import sys
@@ -14,11 +15,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from keras_tp.layouts import Shape
-from keras_tp.plans import Collective, LayerPlan, Plan
+from keras_tp.plans import LayerPlan, Plan
 
 
 def render(*parts: RenderableType) -> str:
-    """Plain text of rich renderables: as wide as the terminal, or as they need in a file."""
+    """Plain text of rich renderables: as wide as the terminal, in a file 200 columns at most."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
     console = Console(file=io.StringIO(), width=max(width, 100), highlight=False, markup=False)
     for part in parts:
@@ -73,41 +74,45 @@ def plan_table(plan: Plan) -> str:
         "backward",
         "why not better",
     )
-    reasons: dict[str, str] = {}
+    marks: dict[str, str] = {}
     for layer in plan.layers:
-        if layer.variables:
-            table.add_row(*_row(plan, layer, reasons))
-    why = [f"  {mark}  {reason}" for reason, mark in reasons.items()]
-    return render(table, "\n".join(["why not better:", *why, "", *_summary(plan)]))
+        for row in _rows(plan, layer, marks):
+            table.add_row(*row)
+    lines = _summary(plan)
+    if marks:
+        lines = [
+            "why not better:",
+            *(f"  {m}  {reason}" for reason, m in marks.items()),
+            "",
+            *lines,
+        ]
+    return render(table, "\n".join(lines))
 
 
-def _row(plan: Plan, layer: LayerPlan, reasons: dict[str, str]) -> list[str]:
+def _rows(plan: Plan, layer: LayerPlan, marks: dict[str, str]) -> list[list[str]]:
+    """A line for each weight; what concerns the whole layer stands on the first lines."""
     variables = [plan.variables[i] for i in layer.variables]
-    ends = (plan.mesh.ranks[0], plan.mesh.ranks[-1])
-    mark = ""
-    if layer.reason:
-        mark = reasons.setdefault(layer.reason, _mark(len(reasons)))
-    return [
-        layer.path,
-        layer.style,
-        "\n".join(v.path.rsplit("/", 1)[-1] for v in variables),
-        "\n".join(str(v.shape) for v in variables),
+    mark = marks.setdefault(layer.reason, _mark(len(marks))) if layer.reason else ""
+    columns = [
+        [layer.path],
+        [layer.style],
+        [v.path.removeprefix(f"{layer.path}/") for v in variables],
+        [str(v.shape) for v in variables],
         # By torch.chunk's rule the first rank has the largest shard, the last the smallest.
-        "\n".join(shapes_text([v.local_shape(r) for r in ends]) for v in variables),
-        "\n".join(v.pattern or "-" for v in variables),
-        _collectives(layer.forward),
-        _collectives(layer.backward),
-        mark,
+        [shapes_text([v.local_shape(plan.mesh.ranks[i]) for i in (0, -1)]) for v in variables],
+        [v.pattern or "-" for v in variables],
+        [str(c) for c in layer.forward] or ["-"],
+        [str(c) for c in layer.backward] or ["-"],
+        [mark],
     ]
+    if not variables:
+        return []
+    return [list(row) for row in itertools.zip_longest(*columns, fillvalue="")]
 
 
 def _mark(count: int) -> str:
     letters = string.ascii_lowercase
     return letters[count % 26] * (count // 26 + 1)
-
-
-def _collectives(collectives: Sequence[Collective]) -> str:
-    return "\n".join(f"{c.kind} {c.of}" for c in collectives) or "-"
 
 
 def _count(counts: Counter[str]) -> str:
@@ -117,10 +122,13 @@ def _count(counts: Counter[str]) -> str:
 def _summary(plan: Plan) -> list[str]:
     sharded = sum(v.sharded for v in plan.variables)
     most = plan.bytes_per_rank(plan.mesh.ranks[0])
-    return [
+    lines = [
         f"mesh {plan.mesh}: {sharded} of {len(plan.variables)} variables sharded; the fullest rank "
-        f"stores {size_text(most)} of {size_text(plan.full_bytes)}.",
-        f"communication of a step: forward {_count(plan.collectives('forward'))}; backward at "
-        f"most {_count(plan.collectives('backward'))} (less where an input needs no gradient).",
-        *(f"note: {note}" for note in plan.notes),
+        f"stores {size_text(most)} of {size_text(plan.full_bytes)} of variables.",
+        f"layers communicate, each called once: forward {_count(plan.collectives('forward'))}; "
+        f"backward {_count(plan.collectives('backward'))}, less where an input needs no gradient.",
     ]
+    first, last = plan.mesh.ranks[0], plan.mesh.ranks[-1]
+    if any(v.local_shape(first) != v.local_shape(last) for v in plan.variables):
+        lines.append("local shapes (a)..(b): uneven, the first rank stores (a) and the last (b).")
+    return lines + [f"note: {note}" for note in plan.notes]

@@ -11,20 +11,20 @@ from torch.distributed.tensor import Replicate
 
 from keras_tp.collectives import broadcast_object
 from keras_tp.layouts import MeshShape
-from keras_tp.shards import Shards
-from keras_tp.variables import (
+from keras_tp.seam.optimizers import optimizer_variables
+from keras_tp.seam.variables import (
     ShardedVariable,
     global_seed,
-    optimizer_variables,
     replicate_variable,
     shard_like,
 )
+from keras_tp.shards import Shards
 
 
 def adopt_optimizer(model: Any, mesh: MeshShape) -> None:
     """Shards the slots an optimizer already has like their variables. Collective.
 
-    Slots made later are shards from the start (`variables.hook_optimizers`).
+    Slots made later are shards from the start (`seam.optimizers.hook_optimizers`).
     """
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
@@ -33,8 +33,8 @@ def adopt_optimizer(model: Any, mesh: MeshShape) -> None:
         if isinstance(reference, ShardedVariable):
             shard_like(variable, reference)
         else:
-            whole = (Replicate(),) * len(mesh.axes)
-            replicate_variable(variable, Shards(mesh, whole, tuple(variable.shape)))
+            everywhere = (Replicate(),) * len(mesh.axes)
+            replicate_variable(variable, Shards(mesh, everywhere, tuple(variable.shape)))
 
 
 def share_random_state() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,7 +59,3 @@ def clean_keras() -> None:
     """Names count from one in every test, and numbers are float32."""
     keras.utils.clear_session()
     keras.config.set_floatx("float32")
-
-
-def pytest_configure(config: Any) -> None:
-    config.addinivalue_line("markers", "xdist_group: runs on one worker with its like")

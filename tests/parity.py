@@ -18,7 +18,7 @@ import torch
 from keras.src.backend.common import dtypes
 
 import keras_tp
-from keras_tp.variables import ShardedVariable, local_tensor
+from keras_tp.seam.variables import ShardedVariable, local_tensor
 
 # Differences are relative to a tensor's largest value, or to this where that is
 # smaller: what is zero but for rounding (the gradient of an attention key's bias,
@@ -77,9 +77,10 @@ def difference(one: Any, many: Any) -> float:
     return float(np.abs(one - many).max() / max(np.abs(one).max(), FLOOR))
 
 
-def layout_map(layout: Mapping[str, tuple[Any, ...]], axes: dict[str, int]) -> Any:
-    """A LayoutMap over a mesh of `axes`."""
-    made = keras.distribution.LayoutMap(keras_tp.device_mesh(axes))
+def layout_map(layout: Mapping[str, tuple[Any, ...]], mesh: Any) -> Any:
+    """A LayoutMap over a Keras mesh, or one of axes such as `{"model": 2}`."""
+    mesh = keras_tp.device_mesh(mesh) if isinstance(mesh, dict) else mesh
+    made = keras.distribution.LayoutMap(mesh)
     for pattern, entry in layout.items():
         made[pattern] = entry
     return made
@@ -99,7 +100,7 @@ def build_seeded(build: Callable[[], Any], seed: int = 7) -> Any:
 def compare(
     build: Callable[[], Any],
     layout: Mapping[str, tuple[Any, ...]],
-    axes: dict[str, int],
+    mesh: Any,
     data: tuple[Any, Any],
     *,
     optimizer: dict[str, Any] | None = None,
@@ -109,13 +110,13 @@ def compare(
 ) -> Report:
     """Trains both for `steps` batches and reports. Runs on every rank."""
     with real_float64(float64):
-        return _compare(build, layout, axes, data, optimizer, loss, steps)
+        return _compare(build, layout, mesh, data, optimizer, loss, steps)
 
 
 def _compare(
     build: Callable[[], Any],
     layout: Mapping[str, tuple[Any, ...]],
-    axes: dict[str, int],
+    mesh: Any,
     data: tuple[Any, Any],
     optimizer: dict[str, Any] | None,
     loss: Any,
@@ -123,7 +124,7 @@ def _compare(
 ) -> Report:
     config = optimizer or {"class_name": "SGD", "config": {"learning_rate": 0.05, "momentum": 0.9}}
     one, many = build_seeded(build), build_seeded(build)
-    keras_tp.parallelize(many, layout_map(layout, axes))
+    keras_tp.parallelize(many, layout_map(layout, mesh))
     for model in (one, many):
         model.compile(keras.optimizers.deserialize(config), loss=keras.losses.get(loss))
     report = Report(sharded=sum(isinstance(v, ShardedVariable) for v in many.variables))
@@ -137,7 +138,7 @@ def _compare(
     for a, b in zip(one.trainable_variables, many.trainable_variables, strict=True):
         full = local_tensor(a).grad
         assert full is not None, a.path
-        mine = b._cut.local(full) if isinstance(b, ShardedVariable) else full
+        mine = b._sharding.local(full) if isinstance(b, ShardedVariable) else full
         grad = local_tensor(b).grad
         assert grad is not None, b.path
         assert tuple(grad.shape) == tuple(mine.shape), b.path

@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -33,10 +32,6 @@ GRACE = 5.0  # for the other ranks, once one has raised
 
 class RankError(AssertionError):
     """A rank raised or hung; the message holds the tracebacks."""
-
-    def __init__(self, message: str, errors: dict[int, BaseException | None]):
-        super().__init__(message)
-        self.errors = errors
 
 
 class RankPool:
@@ -64,7 +59,7 @@ class RankPool:
                 try:
                     answers[rank] = connection.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    answers[rank] = ("error", (f"rank {rank} died\n{self._log(rank)}", None))
+                    answers[rank] = ("error", f"rank {rank} died\n{self._log(rank)}")
                 if answers[rank][0] == "error":
                     end = min(end, time.monotonic() + GRACE)
         if len(answers) == self.size and all(kind == "result" for kind, _ in answers.values()):
@@ -75,17 +70,15 @@ class RankPool:
         self, function: Callable[..., Any], answers: dict[int, tuple[str, Any]], timeout: float
     ) -> RankError:
         parts = [f"{function.__qualname__} failed on {self.size} ranks"]
-        errors: dict[int, BaseException | None] = {}
         for rank, process in enumerate(self.processes):
             if rank not in answers:
                 process.send_signal(signal.SIGUSR1)  # faulthandler writes where it hangs
                 time.sleep(0.3)
                 parts.append(f"--- rank {rank} gave no answer in {timeout} s\n{self._log(rank)}")
             elif answers[rank][0] == "error":
-                text, errors[rank] = answers[rank][1]
-                parts.append(f"--- rank {rank} raised\n{text}")
+                parts.append(f"--- rank {rank} raised\n{answers[rank][1]}")
         self.close()
-        return RankError("\n".join(parts), errors)
+        return RankError("\n".join(parts))
 
     def _start(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -120,7 +113,7 @@ class RankPool:
             if not connection.poll(START_TIMEOUT) or connection.recv() != "ready":
                 log = self._log(rank)
                 self.close()
-                raise RankError(f"rank {rank} did not start\n{log}", {})
+                raise RankError(f"rank {rank} did not start\n{log}")
 
     def _log(self, rank: int) -> str:
         return (Path(self.folder.name) / f"log{rank}").read_text(errors="replace")[-6000:]
@@ -165,17 +158,9 @@ def _serve(rank: int, size: int, address: str) -> None:
             for part in name.split("."):
                 function = getattr(function, part)
             answer: tuple[str, Any] = ("result", function(*args))  # type: ignore[operator]
-        except BaseException as error:
-            answer = ("error", (traceback.format_exc(), _picklable(error)))
+        except BaseException:
+            answer = ("error", traceback.format_exc())
         connection.send(answer)
-
-
-def _picklable(error: BaseException) -> BaseException | None:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return None
-    return error
 
 
 if __name__ == "__main__":

@@ -45,17 +45,28 @@ def test_nests_keep_their_structure_and_types(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_more_replicas_than_rows_leave_some_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uneven batches follow the one rule, or replicas and outputs would not line up."""
     mesh = keras_tp.device_mesh({"batch": 4})
     parts = [rows_of(mesh, rank, np.arange(3), monkeypatch).tolist() for rank in range(4)]
     assert parts == [[0], [1], [2], []]
 
 
 def test_another_axis_name_and_meshes_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mesh without data parallelism must not cut batches."""
     batch = np.arange(4)
     data = keras_tp.device_mesh({"data": 2, "model": 1})
     assert rows_of(data, 1, batch, monkeypatch, batch_axis="data").tolist() == [2, 3]
     assert rows_of(data, 1, batch, monkeypatch) is batch
     assert keras_tp.DataSharder(data).placements == (Replicate(), Replicate())
+
+
+def test_axes_and_ranks_that_are_not_there_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt axis gave every rank the whole batch, in silence."""
+    mesh = keras_tp.device_mesh({"batch": 2})
+    with pytest.raises(keras_tp.LayoutError, match=r"batch_axis='bacth' is no axis of the mesh"):
+        keras_tp.DataSharder(mesh, "bacth")
+    with pytest.raises(keras_tp.LayoutError, match="rank 5 is not in the mesh"):
+        rows_of(mesh, 5, np.arange(4), monkeypatch)
 
 
 def test_arrays_of_different_lengths_are_an_error() -> None:

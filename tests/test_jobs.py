@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,9 +87,7 @@ def test_a_rank_that_raises_ends_the_job(tmp_path: Path, kind: str) -> None:
     if kind == "refused":
         code = code.replace('"model": 2', '"model": 3')
     script.write_text(code)
-    start = time.monotonic()
-    job = torchrun(str(script), timeout=90)
-    assert time.monotonic() - start < 60
+    job = torchrun(str(script), timeout=90)  # fails the test if the job hangs
     assert job.returncode != 0
     assert "not reached" not in job.stdout
     assert "Traceback" in job.stderr

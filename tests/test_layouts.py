@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+from typing import Any
+
 import keras
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
+from keras_tp import layouts, rules, tables
 from keras_tp.layouts import (
     MeshShape,
     chunk_bounds,
@@ -66,6 +70,14 @@ def test_device_names_without_numbers_stand_for_positions() -> None:
     """Keras accepts any device names; planning must not."""
     mesh = keras.distribution.DeviceMesh((2,), ["model"], ["left", "right"])
     assert MeshShape.from_keras(mesh).ranks == (0, 1)
+
+
+@pytest.mark.parametrize("module", [layouts, rules, tables])
+def test_examples_in_docstrings(module: Any) -> None:
+    """An example that has gone stale teaches the wrong thing."""
+    done = doctest.testmod(module)
+    assert done.attempted > 0
+    assert done.failed == 0
 
 
 @pytest.mark.parametrize(

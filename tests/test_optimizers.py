@@ -10,10 +10,21 @@ from keras_tp.optimizers import ELEMENTWISE, optimizer_problems
 
 @pytest.mark.parametrize("cls", ELEMENTWISE)
 def test_elementwise_optimizers_pass(cls: type) -> None:
+    """Keras makes its own subclasses for torch, which must not count as a user's."""
     assert optimizer_problems(cls(0.1)) == []
 
 
-@pytest.mark.parametrize("cls", [keras.optimizers.Lamb, keras.optimizers.Adafactor])
+def test_loss_scaling_is_refused_and_cannot_be_vouched_for() -> None:
+    """An overflow on one rank's shards would skip the step there and nowhere else."""
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1))
+    scaled.elementwise = True
+    (problem,) = optimizer_problems(scaled)
+    assert "use 'mixed_bfloat16'" in problem
+
+
+@pytest.mark.parametrize(
+    "cls", [keras.optimizers.Lamb, keras.optimizers.Adafactor, keras.optimizers.Muon]
+)
 def test_optimizers_that_read_whole_tensors_are_refused(cls: type) -> None:
     """LAMB's trust ratio of a shard is another number than that of the weight."""
     assert "not known to update every element alone" in optimizer_problems(cls(0.1))[0]

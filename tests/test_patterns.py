@@ -36,17 +36,17 @@ def test_claims_are_those_of_keras(patterns: list[str]) -> None:
             expected = layout_map[path]
         except ValueError:
             assert any(repr(path) in problem for problem in claims.problems)
-            assert path not in claims.of
+            assert path not in claims.pattern_of
         else:
-            assert (path in claims.of) == (expected is not None)
+            assert (path in claims.pattern_of) == (expected is not None)
             if expected is not None:
-                assert layout_map._layout_map[claims.of[path]] is expected
+                assert layout_map._layout_map[claims.pattern_of[path]] is expected
 
 
 def test_a_key_equal_to_the_path_wins() -> None:
     """Keras looks the path up before it tries regexes."""
     claims = match_paths(["head/kernel", "head/.*"], PATHS)
-    assert claims.of == {"head/kernel": "head/kernel"}
+    assert claims.pattern_of == {"head/kernel": "head/kernel"}
     assert claims.problems == []
     assert claims.unused == ["head/.*"]
 
@@ -57,7 +57,7 @@ def test_broken_patterns_are_problems_not_crashes() -> None:
     assert len(claims.problems) == 2
     assert "'('" in claims.problems[0]
     assert "3 is not a string" in claims.problems[1]
-    assert claims.of == {"head/kernel": "head/kernel"}
+    assert claims.pattern_of == {"head/kernel": "head/kernel"}
 
 
 def test_nearest_names_what_was_meant() -> None:

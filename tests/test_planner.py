@@ -10,6 +10,7 @@ import keras
 import models
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from keras import layers
 from parity import layout_map
@@ -102,12 +103,13 @@ def test_all_problems_at_once() -> None:
     with pytest.raises(keras_tp.LayoutError) as error:
         keras_tp.plan(model, layout)
     text = str(error.value)
-    assert text.startswith("5 problems in this layout map (mesh: batch=1, model=2)")
+    assert text.startswith("6 problems in this layout map (mesh: batch=1, model=2)")
     assert "'sequential/dense/kernel' (128, 512)" in text
     assert "3 entries for 2 dims" in text
     assert "uses axis 'model' on 2 dims" in text
     assert "'sequential/dense_2/bias' is matched by 2 patterns" in text
     assert "names axis 'tensor'; the mesh has 'batch', 'model'" in text
+    assert "of pattern 'sequential/dense_3/kernel' is for another mesh (tensor=2)" in text
     assert "not a valid regex" in text
 
 
@@ -152,7 +154,20 @@ def test_unbuilt_models_are_told_how_to_build() -> None:
 
 
 def test_wrong_arguments_are_layout_errors() -> None:
+    """They ended in AttributeErrors that named our internals."""
     model = models.dense_stack()
+    good = layout_map({}, {"model": 2})
+    plan = keras_tp.plan(model, good)
+    with pytest.raises(keras_tp.LayoutError, match=r"got a Plan for a layout map\. Give"):
+        keras_tp.parallelize(model, plan)
+    for wrong in (good, {}):
+        with pytest.raises(keras_tp.LayoutError, match=r"expected a keras_tp\.Plan, got"):
+            keras_tp.parallelize(model, plan=wrong)
+    with pytest.raises(keras_tp.LayoutError, match=r"or a plan\."):
+        keras_tp.parallelize(model, plan=plan, strict=True)
+    for wrong in (None, torch.nn.Linear(2, 2)):
+        with pytest.raises(keras_tp.LayoutError, match="expected a Keras model, got"):
+            keras_tp.plan(wrong, good)
     with pytest.raises(keras_tp.LayoutError, match=r"expected a keras\.distribution\.LayoutMap"):
         keras_tp.plan(model, {".*": (None,)})
     with pytest.raises(keras_tp.LayoutError, match="has no device mesh"):
@@ -164,15 +179,14 @@ def test_wrong_arguments_are_layout_errors() -> None:
                 keras.distribution.DeviceMesh((2,), ["model"], ["cpu:0", "cpu:0"])
             ),
         )
-    for shape in ({}, {"model": 0}, {"model": 1.5}):
+    for shape in ({}, 2, {"model": 0}, {"model": 1.5}, {"model": True}):
         with pytest.raises(keras_tp.LayoutError):
             keras_tp.device_mesh(shape)
+    assert keras_tp.device_mesh({"model": np.int64(2)}).shape == (2,)
 
 
 def test_torch_modules_cannot_be_sharded() -> None:
     """A torch module reads its parameter itself: it would compute with the shard."""
-    import torch
-
     model = keras.Sequential(
         [
             keras.Input((4,)),
@@ -181,7 +195,7 @@ def test_torch_modules_cannot_be_sharded() -> None:
     )
     paths = [v.path for v in model.variables]
     (first, *_) = problems_of(model, {f"^{paths[0]}$": ("model", None)})
-    assert "a weight of a torch module" in first
+    assert "of layer 'torch_module_wrapper', a torch module" in first
 
 
 def test_recurrent_weights_are_gathered_around_all_steps() -> None:
@@ -194,7 +208,7 @@ def test_recurrent_weights_are_gathered_around_all_steps() -> None:
         "recurrent_kernel",
     ]
     assert by_kind["LSTMCell"].gathers == ()
-    assert "once for all the steps of 'sequential/lstm'" in by_kind["LSTMCell"].reason
+    assert "'sequential/lstm' gathers it once around them all" in by_kind["LSTMCell"].reason
 
 
 def test_axes_of_one_rank_shard_nothing() -> None:
@@ -209,6 +223,37 @@ def test_data_parallel_meshes_are_refused_for_now() -> None:
     """Gradients that nobody averages over the batch axis would be wrong in silence."""
     with pytest.raises(keras_tp.LayoutError, match="axis 'batch' has size 2"):
         keras_tp.plan(models.dense_stack(), layout_map({}, {"batch": 2, "model": 2}))
+
+
+def test_what_a_plan_leaves_idle_or_reads_in_full_is_noted() -> None:
+    """Ranks along an unused axis do the same work twice, and a regularizer has its own price."""
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4, kernel_regularizer="l2", kernel_constraint="max_norm")]
+    )
+    layout = layout_map({".*kernel": ("model", None)}, {"data": 2, "model": 2})
+    notes = keras_tp.plan(model, layout).notes
+    assert notes[0] == "nothing is sharded along axis 'data': its 2 ranks all compute the same."
+    assert [note.split(" of ")[0] for note in notes[1:]] == ["the regularizer", "the constraint"]
+
+
+def test_bias_sharded_alone_says_why() -> None:
+    """The reason was an empty string, printed as a reason."""
+    plan = plan_of(models.dense_stack(), {".*dense/bias": ("model",)})
+    (layer,) = [layer for layer in plan.layers if layer.styles]
+    assert layer.reason == "gathered on use: its kernel is not sharded along that axis"
+
+
+def test_bytes_are_those_torch_stores() -> None:
+    """torch has no uint32: Keras keeps seeds of that type in eight bytes."""
+    mesh = plan_of(models.dense_stack(), models.DENSE_LAYOUT).mesh
+
+    def stored(dtype: str) -> int:
+        variable = keras_tp.VariablePlan("v", (3,), dtype, False, (None,), None, mesh)
+        return keras_tp.Plan(mesh, (variable,), ()).full_bytes
+
+    for dtype in ("bool", "int8", "uint16", "uint32", "int64", "bfloat16", "float64"):
+        made = keras.Variable(np.zeros(3), dtype=dtype, trainable=False)
+        assert stored(dtype) == made.value.untyped_storage().nbytes(), dtype
 
 
 def test_the_table_shows_what_was_decided() -> None:

@@ -9,7 +9,8 @@ import pytest
 from keras import layers
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from keras_tp.rules import Contraction, Weight, collectives_of, describe, style_along
+from keras_tp.plans import Contraction
+from keras_tp.rules import Weight, collectives_of, computation_of, style_along
 
 
 def built(layer: Any, *shape: int | None) -> Any:
@@ -18,10 +19,10 @@ def built(layer: Any, *shape: int | None) -> Any:
 
 
 def test_dense_is_a_contraction_of_the_last_dim() -> None:
-    found, _ = describe(built(layers.Dense(4), 3))
-    assert found == Contraction("...x", "xy", "...y", "y", ("kernel", "bias"))
-    found, _ = describe(built(layers.Dense(4, use_bias=False), 3))
-    assert found == Contraction("...x", "xy", "...y", "", ("kernel",))
+    found, _ = computation_of(built(layers.Dense(4), 3))
+    assert found == Contraction("...x", "xy", "...y", "y", "", ("kernel", "bias"))
+    found, _ = computation_of(built(layers.Dense(4, use_bias=False), 3))
+    assert found == Contraction("...x", "xy", "...y", "", "", ("kernel",))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_einsum_equations_are_read(
 ) -> None:
     """A bias label read off `bias_axes` alone misses the dims of size 1 between and after."""
     layer = built(layers.EinsumDense(equation, output, bias_axes=bias_axes), *shape)
-    found, reason = describe(layer)
+    found, reason = computation_of(layer)
     assert isinstance(found, Contraction), reason
     assert (found.input, found.kernel, found.output, found.bias) == expected
     assert len(found.kernel) == len(layer.kernel.shape)
@@ -67,7 +68,7 @@ def test_changed_computations_have_no_rule() -> None:
         (built(layers.ReversibleEmbedding(5, 2)), "overrides Embedding.call"),
         (built(layers.LayerNormalization(), 3), "no rule computes LayerNormalization"),
     ):
-        found, reason = describe(layer)
+        found, reason = computation_of(layer)
         assert found is None
         assert word in reason
 
@@ -76,14 +77,14 @@ def test_lora_and_instance_calls_have_no_rule() -> None:
     """LoRA changes what `kernel` returns without changing the class."""
     lora = built(layers.Dense(2), 3)
     lora.enable_lora(1)
-    assert describe(lora) == (None, "LoRA adds to the weight")
+    assert computation_of(lora) == (None, "LoRA adds to the weight")
     patched = built(layers.Dense(2), 3)
     patched.call = lambda x: x
-    assert describe(patched)[0] is None
+    assert computation_of(patched)[0] is None
 
 
-QKV = Contraction("abc", "cde", "abde", "de", ("kernel", "bias"))
-EXPERTS = Contraction("aec", "ecd", "aed", "ed", ("kernel", "bias"))
+QKV = Contraction("abc", "cde", "abde", "de", "abc,cde->abde", ("kernel", "bias"))
+EXPERTS = Contraction("aec", "ecd", "aed", "ed", "aec,ecd->aed", ("kernel", "bias"))
 
 
 @pytest.mark.parametrize(
@@ -156,4 +157,4 @@ def test_keras_attention_is_made_of_rules() -> None:
     ):
         attention(x, x)
         for part in (attention._query_dense, attention._key_dense, attention._output_dense):
-            assert isinstance(describe(part)[0], Contraction)
+            assert isinstance(computation_of(part)[0], Contraction)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from keras import layers, ops
 
 import keras_tp
-from keras_tp.variables import ShardedVariable, local_tensor
+from keras_tp.seam.variables import ShardedVariable, local_tensor
 
 AXES = {"batch": 1, "model": 2}
 ADAM = {"class_name": "Adam", "config": {"learning_rate": 0.01}}
@@ -62,7 +62,7 @@ def before_and_after_compile() -> list[float]:
             sharded = [v for v in many.optimizer.variables if isinstance(v, ShardedVariable)]
             assert len(sharded) == 2 * 4
             for slot in sharded:
-                assert tuple(local_tensor(slot).shape) == slot._cut.local_shape
+                assert tuple(local_tensor(slot).shape) == slot._sharding.local_shape
     return gaps
 
 
@@ -84,7 +84,7 @@ def earlier_output() -> float:
             gradients.append(model.trainable_variables[0].value.grad)
         with pytest.raises(RuntimeError):  # the old graph is of weights that are gone
             before.sum().backward()
-        mine = many.trainable_variables[0]._cut.local(gradients[0])
+        mine = many.trainable_variables[0]._sharding.local(gradients[0])
     return parity.difference(mine.numpy(), gradients[1].numpy())
 
 
@@ -131,6 +131,7 @@ def keras_methods() -> list[float]:
 
 
 def test_keras_methods_give_the_one_process_results(ranks: Any) -> None:
+    """Ragged batches, shuffles, weights and metrics see whole batches on every rank."""
     for gaps in ranks(2)(keras_methods):
         assert len(gaps) > 10
         assert max(gaps) < 1e-10
@@ -280,6 +281,7 @@ def gradients_flow() -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_trainable_variable_of_every_rank_has_a_gradient(ranks: Any, size: int) -> None:
+    """A shard that the computation does not read trains nothing, in silence."""
     ranks(size)(gradients_flow)
 
 
@@ -362,35 +364,140 @@ def other_plans() -> str:
     return "accepted"
 
 
+def other_trainables() -> str:
+    model = parity.build_seeded(models.dense_stack)
+    model.layers[dist.get_rank()].trainable = False
+    try:
+        keras_tp.parallelize(model, stack())
+    except keras_tp.LayoutError as error:
+        return str(error)
+    return "accepted"
+
+
 def test_ranks_that_disagree_are_told_where(ranks: Any) -> None:
     """Their collectives would not match, and the job would hang or abort without a reason."""
     for message in ranks(2)(other_plans):
-        assert (
-            "rank 0 plans 'sequential/dense_1/kernel (512, 256) float32 (None, 'model')'" in message
-        )
-        assert (
-            "rank 1 plans 'sequential/dense_1/kernel (512, 256) float32 ('model', None)'" in message
-        )
+        first, second = message.split("where rank 1 plans")
+        for part, layout in ((first, "(None, 'model')"), (second, "('model', None)")):
+            assert "path='sequential/dense_1/kernel'" in part
+            assert f"layout={layout}" in part
+    for message in ranks(2)(other_trainables):
+        assert "its ranks disagree" in message
+
+
+def other_batches(what: str) -> str:
+    model = compiled(parity.build_seeded(models.dense_stack))
+    keras_tp.parallelize(model, stack())
+    x, y = (a.astype("float32") for a in models.dense_data())
+    mine = np.random.default_rng(dist.get_rank())
+    try:
+        if what == "predict":
+            model.predict(mine.standard_normal((4, 128)), verbose=0)
+        elif what == "inputs":
+            model.train_on_batch(mine.standard_normal((6, 128)), y)
+        elif what == "targets":
+            model.train_on_batch(x, mine.standard_normal((6, 10)))
+        elif what == "rows":
+            model.train_on_batch(x[: 4 + dist.get_rank()], y[: 4 + dist.get_rank()])
+        elif what == "later":
+            for batch in range(9):
+                late = batch == 7 and dist.get_rank() == 1
+                model.train_on_batch(x + late, y)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("what", ["predict", "inputs", "targets", "rows", "later"])
+def test_ranks_that_are_fed_different_batches_are_told(ranks: Any, what: str) -> None:
+    """Each rank computes a part of a batch; parts of different batches add up to nonsense, and
+    replicated weights part ways, in silence. The 8th batch is compared, as the 1st, 2nd and 4th."""
+    kind = "targets or sample weights" if what == "targets" else "inputs"
+    for message in ranks(2)(other_batches, what):
+        assert f"ranks are given different {kind}: rank 0 has float" in message
+
+
+def smaller_file(folder: str) -> str:
+    path = Path(folder) / f"rank{dist.get_rank()}.weights.h5"
+    small, large = (keras.Sequential([keras.Input((4,)), layers.Dense(n)]) for n in (4, 8))
+    small.save_weights(path)
+    keras_tp.parallelize(large, stack({".*bias": ("model",), ".*kernel": (None, "model")}))
+    try:
+        large.load_weights(path)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_weights_of_a_smaller_model_do_not_load_as_a_shard(ranks: Any, tmp_path: Path) -> None:
+    """Half as many units on two ranks: the file's kernel has just the shape of the shard."""
+    for message in ranks(2)(smaller_file, str(tmp_path)):
+        assert message != "accepted"
+
+
+def vocabulary_edges(size: int) -> list[float]:
+    worst = []
+    for vocabulary in (3, 7):  # 3 rows on 4 ranks leave one rank with none
+
+        def build(vocabulary: int = vocabulary) -> Any:
+            return keras.Sequential(
+                [keras.Input((4,), dtype="int32"), layers.Embedding(vocabulary, 6)]
+            )
+
+        ids = np.array([[-1, 0, 1, 2], [2, -3, 0, 0]], "int32")
+        layout = {".*": ("model", None)}
+        axes = {"batch": 1, "model": size}
+        worst.append(parity.compare(build, layout, axes, (ids, np.ones((2, 4, 6)))).worst())
+    return worst
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_negative_ids_and_ranks_without_a_row(ranks: Any, size: int) -> None:
+    """Keras counts negative ids from the end, of the full vocabulary."""
+    for worst in ranks(size)(vocabulary_edges, size):
+        assert max(worst) < 1e-10
+
+
+def attention_and_convolution() -> Any:
+    x = keras.Input((6,), dtype="int32")
+    h = layers.Embedding(9, 8, name="table")(x)
+    h = layers.MultiHeadAttention(4, 6, name="attention")(h, h)
+    h = layers.Conv1D(8, 3, name="conv")(h)
+    return keras.Model(x, layers.EinsumDense("abc,cde->abde", (None, 2, 4), name="end")(h))
 
 
 def meshes_in_turn() -> list[float]:
     worst = []
+    layout = {
+        "table/embeddings": ("rows", "columns"),
+        ".*(query|key)/kernel": ("rows", "columns", None),
+        ".*value/kernel": ("columns", None, "rows"),
+        ".*query/bias": ("columns", "rows"),
+        ".*attention_output/kernel": ("rows", None, "columns"),
+        "conv/kernel": (None, "rows", "columns"),
+        "end/kernel": ("columns", "rows", None),
+    }
+    ids = np.arange(18).reshape(3, 6) % 9
+    data = (ids.astype("int32"), np.ones((3, 4, 2, 4)))
+    for names in (["cpu:0", "cpu:1", "cpu:2", "cpu:3"], ["cpu:2", "cpu:0", "cpu:3", "cpu:1"]):
+        mesh = keras.distribution.DeviceMesh((2, 2), ["rows", "columns"], names)
+        worst.append(parity.compare(attention_and_convolution, layout, mesh, data).worst())
     for axes in ({"batch": 1, "model": 4}, {"rows": 2, "columns": 2}, {"batch": 1, "model": 4}):
         first, second = list(axes)[-2:]
-        layout = {
+        dense = {
             ".*dense/kernel": (None, second),
             ".*dense_1/kernel": (second, None if axes[first] == 1 else first),
             ".*dense_1/bias": (second,),
             ".*dense_2/kernel": (None if axes[first] == 1 else first, second),
         }
-        report = parity.compare(models.dense_stack, layout, axes, models.dense_data())
+        report = parity.compare(models.dense_stack, dense, axes, models.dense_data())
         worst.append(report.worst())
     return worst
 
 
 def test_several_meshes_in_one_job_and_two_sharded_axes(ranks: Any) -> None:
-    """A stale mesh on one rank hangs the job; a weight cut along two axes is reduced along one and
-    gathered along the other."""
+    """A stale mesh on one rank hangs the job; a weight sharded along two axes is reduced along one
+    and gathered along the other; device names say which rank holds what."""
     for worst in ranks(4)(meshes_in_turn):
         assert max(worst) < 1e-10
 

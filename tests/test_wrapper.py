@@ -14,7 +14,7 @@ from keras import layers
 from parity import layout_map
 
 import keras_tp
-from keras_tp.variables import ShardedVariable, local_tensor
+from keras_tp.seam.variables import ShardedVariable, local_tensor
 
 
 def apply(model: Any, layout: dict[Any, Any], size: int, **options: Any) -> Any:
@@ -59,6 +59,8 @@ def test_collectives_are_those_of_the_plan(fake_ranks: Any, size: int) -> None:
     plan = keras_tp.plan(model, layout_map(models.TRANSFORMER_LAYOUT, {"batch": 1, "model": size}))
     keras_tp.parallelize(model, plan=plan)
     x, _ = models.transformer_data()
+    for _ in range(2):
+        model(torch.tensor(x))  # the ranks compare the 1st, 2nd and 4th batch they are given
     with Collectives() as counted:
         out = model(torch.tensor(x), training=True)
     assert counted == plan.collectives("forward")
@@ -103,6 +105,64 @@ def test_integers_and_scalars_never_track_gradients(fake_ranks: Any) -> None:
     assert [tuple(local_tensor(v).shape) for v in slots] == [(8, 4)] * 2
 
 
+def test_an_optimizer_is_checked_only_where_something_is_sharded(fake_ranks: Any) -> None:
+    """What shards refuse is nobody's business on another model of the same program."""
+    fake_ranks(0, 2)
+    apply(models.dense_stack(), models.DENSE_LAYOUT, 2)
+    plain = models.dense_stack()
+    plain.compile(keras.optimizers.Lamb(), "mse")
+    plain.train_on_batch(*models.dense_data())
+    nothing_sharded = apply(models.dense_stack(), {}, 2)
+    nothing_sharded.compile(keras.optimizers.Adam(clipnorm=1.0), "mse")
+    nothing_sharded.train_on_batch(*models.dense_data())
+
+
+class Twins(keras.Model):
+    """Two layers of one name, which Keras allows in a subclassed model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = [layers.Dense(4, name="same") for _ in range(2)]
+
+    def call(self, x: Any) -> Any:
+        return self.both[1](self.both[0](x))
+
+
+def test_paths_that_come_again_are_told_apart(fake_ranks: Any) -> None:
+    """In a dict, the second of two variables of one path would vanish."""
+    model = Twins()
+    model(np.zeros((1, 4)))
+    paths = [v.path for v in model.variables]
+    assert paths == ["twins/same/kernel", "twins/same/bias"] * 2
+    assert list(keras_tp.local_shapes(model)) == [*paths[:2], *(f"{p}#2" for p in paths[:2])]
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: layers.LSTM(4), (6, 3)),
+        (lambda: layers.TimeDistributed(layers.BatchNormalization()), (6, 3)),
+        (lambda: layers.Bidirectional(layers.GRU(4)), (6, 3)),
+        (lambda: layers.Dense(4, use_bias=False), (3,)),
+    ],
+)
+def test_a_weight_travels_once_however_often_it_is_read(
+    fake_ranks: Any, make: Any, shape: Any
+) -> None:
+    """A cell reads its weights at each of six steps."""
+    fake_ranks(0, 2)
+    model = keras.Sequential([keras.Input(shape), make()])
+    layout = {v.path: (*(None,) * (len(v.shape) - 1), "model") for v in model.weights}
+    plan = keras_tp.plan(model, layout_map(layout, {"model": 2}))
+    keras_tp.parallelize(model, plan=plan)
+    x = torch.zeros(2, *shape)
+    for _ in range(2):
+        model(x)
+    with Collectives() as counted:
+        model(x)
+    assert counted == plan.collectives("forward")
+
+
 def snapshot(model: Any) -> Any:
     return [
         (type(v), tuple(local_tensor(v).shape), local_tensor(v).data_ptr()) for v in model.variables
@@ -125,14 +185,17 @@ def test_refusals_leave_the_model_untouched(fake_ranks: Any) -> None:
     model = models.dense_stack()
     refused(model, "3 entries", layout_map({".*kernel": (None, "model", None)}, axes))
     refused(model, "the mesh has 4 ranks .* but the job has 2", layout_map({}, {"model": 4}))
-    refused(model, "either a layout map or a plan")
-    refused(model, "either a layout map or a plan", good, plan=keras_tp.plan(model, good))
+    refused(model, "either a layout map .* or a plan")
+    refused(model, "either a layout map .* or a plan", good, plan=keras_tp.plan(model, good))
     other = keras_tp.plan(keras.Sequential([keras.Input((3,)), layers.Dense(4)]), good)
     refused(model, "the plan has 'sequential_1/dense_4/kernel'", plan=other)
     model.compile(keras.optimizers.Lamb(), "mse")
     refused(model, "optimizer Lamb is not known", good)
     model.compile(keras.optimizers.Adam(global_clipnorm=1.0), "mse")
     refused(model, "global_clipnorm=1.0", good)
+    model.compile("adam", "mse")
+    permuted = keras.distribution.DeviceMesh((2,), ["model"], ["cpu:1", "cpu:2"])
+    refused(model, r"stand for ranks \[1, 2\]", keras.distribution.LayoutMap(permuted))
     unbuilt = keras.Sequential([layers.Dense(2)])
     refused(unbuilt, "is not built", good)
 

@@ -1,0 +1,25 @@
+"""The one seam to Keras's internals. Nothing outside this folder touches them.
+
+What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
+
+- A variable's tensor is the `nn.Parameter` in `Variable._value`; its layer and
+  every ancestor hold the *same* object in `_torch_params`. Sharding replaces
+  the parameter's `.data` and so keeps every reference valid: `zero_grad`,
+  `v.value.grad`, and torch optimizers made before.
+- `Variable._shape` is what symbolic calls, `summary()` and checks see. It stays
+  the full shape.
+- Everything reads a weight through the property `Variable.value`. A sharded
+  variable changes class to `ShardedVariable`, whose `value` is the full weight
+  (gathered) while a layer's `call` runs, and this rank's shard otherwise, which
+  is what `v.value.grad`, optimizers and `zero_grad` want. Whether a call is
+  running is Keras's own `current_call_ctx`.
+- Optimizers make a slot with `add_variable_from_reference` and see their
+  variables in `build`. Both are wrapped, once, for all optimizers; for
+  variables that are not sharded the wrappers do nothing. Slots stand in lists
+  beside `_trainable_variables`.
+- `Layer._layers`, `_trainable_variables`, `_non_trainable_variables` and
+  `_seed_generators` are what a layer owns; an instance's `call` takes the place
+  of its class's; every `train_step` comes by `Trainer._compute_loss`.
+- Symbolic calls run in a `StatelessScope` and a `SymbolicScope`, mostly on the
+  meta device.
+"""

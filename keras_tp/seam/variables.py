@@ -1,0 +1,232 @@
+"""Keras variables of which a rank stores a shard."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import torch
+from keras.src import backend
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+from keras.src.random.seed_generator import global_seed_generator
+
+from keras_tp.layouts import Shape
+
+
+def is_symbolic() -> bool:
+    """Whether Keras only asks for shapes: no values, no communication."""
+    return in_symbolic_scope() or str(backend.core.get_device()) == "meta"
+
+
+class Sharding(Protocol):
+    """What a sharded variable asks of `keras_tp.shards.Shards`."""
+
+    local_shape: Shape
+
+    def local(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a full value."""
+
+    def full(self, local: torch.Tensor, keep: Collection[str] = ()) -> torch.Tensor:
+        """The full value, gathered along the axes not in `keep`."""
+
+    def distribute(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of the first rank's value."""
+
+
+class ShardedVariable(keras.Variable):
+    """A Keras variable of which this rank stores a shard.
+
+    Never constructed: `shard_variable` changes the class of an existing one, so
+    that the object, its id and its path stay what layers and optimizers know.
+    `shape` is the full shape throughout.
+    """
+
+    _sharding: Sharding
+    _gathered: dict[torch.dtype, torch.Tensor] | None
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The full weight while a layer's `call` runs (an all-gather), else this rank's shard."""
+        if in_stateless_scope():
+            mapped = get_stateless_scope().get_current_value(self)
+            if mapped is not None:
+                return self._maybe_autocast(mapped)
+        if is_symbolic():
+            return self._maybe_autocast(self._stand_in())
+        if _reads_full():
+            return self.full()
+        return self._maybe_autocast(self._value)
+
+    def full(self, keep: Collection[str] = ()) -> torch.Tensor:
+        """The full value, gathered along every axis not in `keep`; differentiable. Collective."""
+        local = self._maybe_autocast(self._value)
+        if self._gathered is None or keep:
+            return self._sharding.full(local, keep)
+        if local.dtype not in self._gathered:
+            self._gathered[local.dtype] = self._sharding.full(local)
+        return self._gathered[local.dtype]
+
+    def _stand_in(self) -> torch.Tensor:
+        # One element, shown as the full shape.
+        element = backend.convert_to_tensor(0, dtype=self._dtype)
+        return element.expand(self._shape)
+
+    def assign(self, value: Any) -> Any:
+        """Assigns a full value, of which this rank keeps its shard.
+
+        A tensor, which comes of a computation (an optimizer's), may also be a
+        value of the shard; an array, which comes of a file, may not: a file of a
+        smaller model would load without a word.
+        """
+        computed = isinstance(value, torch.Tensor | keras.Variable)
+        value = self._convert_to_tensor(value, dtype=self._dtype)
+        shape = tuple(value.shape)
+        local = computed and shape == self._sharding.local_shape
+        if in_stateless_scope() or not (local or shape == tuple(self._shape)):
+            # Keras's own way, and its own error for a wrong shape.
+            return super().assign(value)
+        self._direct_assign(value)
+        return value
+
+    def assign_add(self, value: Any) -> Any:
+        """Adds a full value or a value of the shard."""
+        return self.assign(self._value + self._mine(value))
+
+    def assign_sub(self, value: Any) -> Any:
+        """Subtracts a full value or a value of the shard."""
+        return self.assign(self._value - self._mine(value))
+
+    def _direct_assign(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            self._value.copy_(self._mine(value))
+
+    def _mine(self, value: Any) -> torch.Tensor:
+        value = self._convert_to_tensor(value, dtype=self._dtype)
+        local = tuple(value.shape) != tuple(self._shape)
+        return value if local else self._sharding.local(value)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The full value (collective): what `numpy()`, `get_weights` and saving read."""
+        with torch.no_grad():
+            array = backend.convert_to_numpy(self._sharding.full(self._value))
+        return array if dtype is None else array.astype(dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"<ShardedVariable path={self.path}, shape={self.shape}, dtype={self.dtype}, "
+            f"local shape={self._sharding.local_shape}>"
+        )
+
+    # Regularizers and constraints look at the full weight (a norm, a sum), so
+    # that is what they are handed.
+
+    @property
+    def regularizer(self) -> Any:
+        """The regularizer, given the full weight (an all-gather)."""
+        return _on_full(self._regularizer)
+
+    @regularizer.setter
+    def regularizer(self, value: Any) -> None:
+        keras.Variable.regularizer.fset(self, value)
+
+    @property
+    def constraint(self) -> Any:
+        """The constraint, given the full weight (an all-gather)."""
+        return _on_full(self._constraint)
+
+    @constraint.setter
+    def constraint(self, value: Any) -> None:
+        keras.Variable.constraint.fset(self, value)
+
+
+def _on_full(function: Any) -> Any:
+    if function is None:
+        return None
+    return lambda v: function(v.full() if isinstance(v, ShardedVariable) else v)
+
+
+def shard_variable(variable: Any, sharding: Sharding) -> None:
+    """Makes `variable` store this rank's shard of the first rank's value. Collective."""
+    become_sharded(variable, sharding, sharding.distribute(variable._value))
+
+
+def shard_like(slot: Any, reference: ShardedVariable) -> None:
+    """Makes an optimizer slot store the shard that its variable stores. Collective."""
+    shard_variable(slot, reference._sharding)
+
+
+def replicate_variable(variable: Any, sharding: Sharding) -> None:
+    """Gives a variable that stays whole the first rank's value. Collective."""
+    with torch.no_grad():
+        variable._value.copy_(sharding.distribute(variable._value))
+
+
+def become_sharded(variable: Any, sharding: Sharding, local: torch.Tensor) -> None:
+    """Makes `variable` store `local`."""
+    parameter = variable._value
+    parameter.grad = None
+    # While an earlier output of the model lives, so does the node of its graph that
+    # accumulates this gradient, in the full shape, and a new graph would take it
+    # up. torch makes a new node once the data has changed dtype.
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = parameter.data.new_empty(0, dtype=other)
+    parameter.data = local
+    variable._sharding = sharding
+    variable._gathered = None
+    variable.__class__ = ShardedVariable
+
+
+def local_tensor(variable: Any) -> torch.Tensor:
+    """What this rank stores of a variable, sharded or not."""
+    return variable._value
+
+
+def full_numpy(variable: Any) -> np.ndarray:
+    """The full value of a variable. Collective for sharded ones."""
+    if isinstance(variable, ShardedVariable):
+        return variable.__array__()
+    return backend.convert_to_numpy(variable._value)
+
+
+def _reads_full() -> bool:
+    return (
+        global_state.get_global_attribute("current_call_ctx") is not None
+        or global_state.get_global_attribute(_READING_FULL) is not None
+    )
+
+
+_READING_FULL = "keras_tp_reading_full"
+
+
+@contextlib.contextmanager
+def reading_full() -> Iterator[None]:
+    """While open, reading a sharded variable gives the full weight, as in a layer's `call`."""
+    before = global_state.get_global_attribute(_READING_FULL)
+    global_state.set_global_attribute(_READING_FULL, True)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_READING_FULL, before)
+
+
+@contextlib.contextmanager
+def gathered_once(variables: Iterable[ShardedVariable]) -> Iterator[None]:
+    """While open, each of `variables` is gathered at its first read and at no other."""
+    opened = [v for v in variables if v._gathered is None]
+    for variable in opened:
+        variable._gathered = {}
+    try:
+        yield
+    finally:
+        for variable in opened:
+            variable._gathered = None
+
+
+def global_seed() -> Any:
+    """The variable behind `keras.random` calls without a seed."""
+    return global_seed_generator().state
