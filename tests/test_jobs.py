@@ -41,7 +41,7 @@ def test_the_demo_trains_and_proves_it() -> None:
         "up_0/kernel (32, 128) (32, 64) (32, 64)",
         "12/12",
         "rank 1: losses differ by",
-        "the losses are equal to float32 rounding on every rank",
+        "losses and weights are equal to float32 rounding on every rank",
     ):
         assert words in re.sub(" +", " ", job.stdout), words
 
@@ -93,7 +93,7 @@ def test_a_rank_that_raises_ends_the_job(tmp_path: Path, kind: str) -> None:
     assert "Traceback" in job.stderr
     expected = {
         "raises": "RuntimeError: the disk of rank one is on fire",
-        "refused": "the mesh has 3 ranks (model=3) but the job has 2. Start it with",
+        "refused": "the mesh has 3 ranks (model=3) but the job has 2. Start as many",
     }
     assert expected[kind] in job.stderr
 

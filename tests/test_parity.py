@@ -8,8 +8,12 @@ import models
 import parity
 import pytest
 
+from keras_tp.examples import train_transformer as demo
+
+# At a rate of 0.1 the demo's training is less certain than the tests: after five steps one
+# process in float32 is 3e-5 away from one in float64.
 OPTIMIZERS = {
-    "sgd": {"class_name": "SGD", "config": {"learning_rate": 0.1, "momentum": 0.9}},
+    "sgd": {"class_name": "SGD", "config": {"learning_rate": 0.01, "momentum": 0.9}},
     "adam": {"class_name": "Adam", "config": {"learning_rate": 1e-3}},
     "adamw": {"class_name": "AdamW", "config": {"learning_rate": 1e-3, "weight_decay": 0.1}},
 }
@@ -17,6 +21,19 @@ CROSSENTROPY = {
     "class_name": "SparseCategoricalCrossentropy",
     "config": {"from_logits": True},
 }
+
+
+def train_demo(optimizer: str, size: int, float64: bool) -> parity.Report:
+    return parity.compare(
+        lambda: demo.transformer(tokens=12, width=16, heads=4, blocks=2),
+        {pattern: layout.axes for pattern, layout in demo.layout_map(size).items()},
+        {"batch": 1, "model": size},
+        models.transformer_data(),
+        optimizer=OPTIMIZERS[optimizer],
+        loss=CROSSENTROPY,
+        steps=5,
+        float64=float64,
+    )
 
 
 def train_transformer(optimizer: str, size: int, float64: bool) -> parity.Report:
@@ -34,23 +51,34 @@ def train_transformer(optimizer: str, size: int, float64: bool) -> parity.Report
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_transformer_float64(ranks: Any, size: int, optimizer: str) -> None:
+@pytest.mark.parametrize(("float64", "allowed"), [(True, 1e-10), (False, 1e-5)])
+def test_the_demo_is_exact(
+    ranks: Any, size: int, optimizer: str, float64: bool, allowed: float
+) -> None:
     """A wrong collective, a bias added per rank, a gradient missing a sum: any of them shows."""
-    for report in ranks(size)(train_transformer, optimizer, size, True):
-        assert report.sharded == (0 if size == 1 else 23)
-        assert report.worst() < 1e-10
+    for report in ranks(size)(train_demo, optimizer, size, float64):
+        assert report.sharded == (0 if size == 1 else 16)
+        assert report.worst() < allowed
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("size", [2, 4])
-def test_transformer_float32(ranks: Any, size: int, optimizer: str) -> None:
-    """The precision people train in, to 1e-5 of each tensor's largest value.
+def test_attention_with_biases_float64(ranks: Any, size: int, optimizer: str) -> None:
+    """The biases of heads are sharded with them."""
+    for report in ranks(size)(train_transformer, optimizer, size, True):
+        assert report.sharded == 23
+        assert report.worst() < 1e-10
 
-    All but the bias of attention keys: a softmax does not change when all its
-    inputs shift, so that gradient is zero and what is computed for it rounding
-    noise, which Adam then scales to full steps. Any two float32 programs differ
-    there; the float64 test compares it.
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_attention_with_biases_float32(ranks: Any, optimizer: str) -> None:
+    """In float32 too, all but the bias of attention keys.
+
+    A softmax does not change when all its inputs shift, so that this gradient
+    is zero and what is computed for it rounding noise, which Adam then scales
+    to full steps. Any two float32 programs differ there; the float64 test
+    compares it.
     """
-    for report in ranks(size)(train_transformer, optimizer, size, False):
+    for report in ranks(2)(train_transformer, optimizer, 2, False):
         assert report.loss < 1e-6
         assert report.worst(but=lambda path: "key/bias" in path or "key_bias" in path) < 1e-5

@@ -3,11 +3,13 @@
     torchrun --standalone --nproc-per-node 2 -m keras_tp.examples.train_transformer
 
 The text is Python's own: the source files of the standard library. Each rank
-first trains the model by itself, in one process, then all of them train it
-together; the losses of every step are set side by side, and must be equal to
-float32 rounding. Of the weights at the end the one that differs most is named,
-relative to the largest weight: the bias of an attention key, as a rule, whose
-gradient is zero but for rounding, which Adam makes full steps of.
+trains the model by itself, as one process would, and then with the others. The
+loss of every step is set beside its like, and each of them and every weight at
+the end must be equal to float32 rounding, on every rank.
+
+The attention has no biases, as in most recent decoders. A softmax does not see
+a key's bias, so that its gradient is rounding noise, of which Adam makes full
+steps: no two float32 programs agree on that one weight.
 """
 
 from __future__ import annotations
@@ -39,7 +41,6 @@ def layout_map(ranks: int) -> Any:
     layout = keras.distribution.LayoutMap(mesh)
     layout["tokens/embeddings"] = ("model", None)
     layout[r".*(query|key|value)/kernel"] = (None, "model", None)
-    layout[r".*(query|key|value)/bias"] = ("model", None)
     layout[r".*attention_output/kernel"] = ("model", None, None)
     layout[r"up_\d+/kernel"] = (None, "model")
     layout[r"up_\d+/bias"] = ("model",)
@@ -54,9 +55,10 @@ def transformer(tokens: int, width: int, heads: int, blocks: int) -> Any:
     x = layers.Embedding(BYTES, width, name="tokens")(ids)
     for i in range(blocks):
         h = layers.LayerNormalization(name=f"attention_norm_{i}")(x)
-        h = layers.MultiHeadAttention(heads, width // heads, name=f"attention_{i}")(
-            h, h, use_causal_mask=True
+        attention = layers.MultiHeadAttention(
+            heads, width // heads, use_bias=False, name=f"attention_{i}"
         )
+        h = attention(h, h, use_causal_mask=True)
         x = layers.Add(name=f"attention_add_{i}")([x, h])
         h = layers.LayerNormalization(name=f"mlp_norm_{i}")(x)
         h = layers.Dense(4 * width, activation="gelu", name=f"up_{i}")(h)
@@ -82,18 +84,21 @@ def text(count: int) -> np.ndarray:
 
 
 class Losses(keras.callbacks.Callback):
-    """Keeps the loss that the progress bar shows, step by step."""
+    """Keeps the loss of each step, not their running mean, in which differences drown."""
 
     def __init__(self) -> None:
         super().__init__()
         self.values: list[float] = []
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.model.reset_metrics()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.values.append(float(logs["loss"]))
 
 
 def train(model: Any, x: np.ndarray, y: np.ndarray, batch: int, show: bool) -> list[float]:
-    """One epoch in the given order; returns the running loss of every step."""
+    """One epoch in the given order; returns the loss of every step."""
     losses = Losses()
     model.fit(x, y, batch_size=batch, shuffle=False, callbacks=[losses], verbose=1 if show else 0)
     return losses.values
@@ -129,8 +134,9 @@ def main() -> None:
     plain.set_weights(model.get_weights())
 
     plan = keras_tp.plan(model, layout_map(ranks))
+    these = "1 rank" if ranks == 1 else f"{ranks} ranks"
     if first:
-        print(f"The plan for {ranks} ranks:\n\n{plan}\n", flush=True)
+        print(f"The plan for {these}:\n\n{plan}\n", flush=True)
     keras_tp.parallelize(model, plan=plan)
     show_local_shapes(model, plan)
 
@@ -138,25 +144,33 @@ def main() -> None:
         print("\nOne process, for comparison:", flush=True)
     expected = train(plain, x, y, options.batch, first)
     if first:
-        print(f"\n{ranks} ranks:", flush=True)
+        print(f"\n{these}:", flush=True)
     got = train(model, x, y, options.batch, first)
 
-    losses = max(abs(a - b) / abs(a) for a, b in zip(expected, got, strict=True))
-    one, many = keras_tp.full_weights(plain), keras_tp.full_weights(model)
-    largest = max(np.abs(value).max() for value in one.values())
-    weight, path = max((np.abs(value - many[path]).max(), path) for path, value in one.items())
+    loss = max(abs(a - b) / abs(a) for a, b in zip(expected, got, strict=True))
+    weight, path = worst_weight(keras_tp.full_weights(plain), keras_tp.full_weights(model))
     everywhere: list[Any] = [None] * ranks
-    dist.all_gather_object(everywhere, (losses, float(weight / largest), path))
+    dist.all_gather_object(everywhere, (loss, weight, path))
     if first:
-        show_losses(expected, got)
+        show_losses(expected, got, these)
         for at, (loss, weight, path) in enumerate(everywhere):
             print(
                 f"rank {at}: losses differ by {loss:.1e} at most, weights by {weight:.1e} ({path})"
             )
-    if max(loss for loss, _, _ in everywhere) > 1e-5:
-        sys.exit("the losses differ")
+    # float32 rounds at 6e-8. Over the steps Adam makes more of it, where gradients are small; a
+    # mistake in a gradient is worth a whole step to it, 1e-2 of a weight.
+    if any(loss > 1e-5 or weight > 1e-4 for loss, weight, _ in everywhere):
+        sys.exit("the runs differ")
     if first:
-        print("the losses are equal to float32 rounding on every rank")
+        print("losses and weights are equal to float32 rounding on every rank")
+
+
+def worst_weight(one: dict[str, np.ndarray], many: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest difference of a weight, relative to the weight's largest value, and its path."""
+    return max(
+        (float(np.abs(value - many[path]).max() / np.abs(value).max()), path)
+        for path, value in one.items()
+    )
 
 
 def show_local_shapes(model: Any, plan: keras_tp.Plan) -> None:
@@ -172,14 +186,14 @@ def show_local_shapes(model: Any, plan: keras_tp.Plan) -> None:
         print("What the ranks store of the sharded variables:\n\n" + render(table), flush=True)
 
 
-def show_losses(expected: list[float], got: list[float]) -> None:
+def show_losses(expected: list[float], got: list[float], these: str) -> None:
     """The two runs side by side, ten steps of them."""
-    table = plain_table("step", "one process", f"{dist.get_world_size()} ranks", "difference")
+    table = plain_table("step", "one process", these, "difference")
     every = max(1, len(expected) // 10)
     for step in range(every - 1, len(expected), every):
         a, b = expected[step], got[step]
         table.add_row(str(step + 1), f"{a:.7f}", f"{b:.7f}", f"{b - a:+.1e}")
-    print("\nRunning loss:\n\n" + render(table) + "\n")
+    print("\nLoss:\n\n" + render(table) + "\n")
 
 
 if __name__ == "__main__":
