@@ -1,13 +1,13 @@
-# One environment in .venv for every target. The CPU build of torch 2.13.0 is what the tests run
-# on; `make TORCH=torch==2.12.0 ...` takes another, TORCH=torch the newest (CUDA, several GB).
+# One environment in .venv for every target, installed anew when one of these changes. torch 2.13.0
+# is what the tests run on: `make TORCH=torch demo` takes the newest, `make KERAS=keras==3.13.0 test`
+# another Keras.
 TORCH ?= torch==2.13.0
-# `make clean test KERAS=keras==3.13.0` tests on another Keras than the newest that is supported.
 KERAS ?= keras
 PYTHON ?= python3
 RANKS ?= 2
 BIN = .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
@@ -26,10 +26,15 @@ bench: .venv/bench
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Each file stands for one installation; torch comes first, so that nothing pulls in another build.
-.venv/torch:
+# Each file stands for one installation, the first for what is asked for, written where that
+# changes. torch comes before the package, so that nothing pulls in another build.
+.venv/wanted: FORCE
+	@mkdir -p .venv
+	@echo "$(TORCH) $(KERAS)" | cmp -s - $@ || echo "$(TORCH) $(KERAS)" > $@
+
+.venv/torch: .venv/wanted
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(KERAS)"
+	$(BIN)/python -m pip install --quiet --upgrade "$(TORCH)" "$(KERAS)"
 	touch $@
 
 .venv/run .venv/test .venv/dev .venv/bench: .venv/torch pyproject.toml

@@ -8,7 +8,7 @@ import shutil
 import string
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -28,11 +28,11 @@ def render(*parts: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def plain_table(*headers: str) -> Table:
-    """An empty table in the house style."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def plain_table(*headers: str, whole: Collection[str] = ()) -> Table:
+    """An empty table in the house style; the columns named in `whole` are folded last."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for header in headers:
-        table.add_column(header, overflow="fold")
+        table.add_column(header, overflow="fold", no_wrap=header in whole)
     return table
 
 
@@ -73,6 +73,7 @@ def plan_table(plan: Plan) -> str:
         "forward",
         "backward",
         "why not better",
+        whole=("style", "full", "local"),
     )
     marks: dict[str, str] = {}
     for layer in plan.layers:
