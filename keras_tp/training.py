@@ -16,6 +16,7 @@ from keras_tp.seam.variables import (
     ShardedVariable,
     global_seed,
     replicate_variable,
+    set_global_seed,
     shard_like,
 )
 from keras_tp.shards import Shards
@@ -45,7 +46,6 @@ def share_random_state() -> None:
     and `fit(shuffle=True)` the same order. The first rank goes on as it would in
     one process.
     """
-    seed = global_seed()
     on_cuda = torch.cuda.is_available()
     python, numpy, cpu, cuda, keras = broadcast_object(
         (
@@ -53,12 +53,12 @@ def share_random_state() -> None:
             np.random.get_state(),
             torch.get_rng_state(),
             torch.cuda.get_rng_state() if on_cuda else None,
-            seed.numpy(),
+            global_seed(),
         )
     )
+    set_global_seed(keras)
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
     if on_cuda and cuda is not None:
         torch.cuda.set_rng_state(cuda)
-    seed.assign(keras)

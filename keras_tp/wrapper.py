@@ -14,6 +14,7 @@ from keras_tp.optimizers import optimizer_problems
 from keras_tp.plans import Plan
 from keras_tp.seam.layers import (
     Owner,
+    hook_layers,
     mark_parallelized,
     observe_loss,
     variables_of,
@@ -43,6 +44,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     # From here on the model changes; what can be wrong with it has been looked at.
 
     mesh = torch_mesh(plan.mesh)
+    hook_layers()
     hook_optimizers()
     for variable, decided in zip(variables, plan.variables, strict=True):
         shards = Shards(plan.mesh, decided.placements, decided.shape)

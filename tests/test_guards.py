@@ -22,7 +22,7 @@ MODULES = {
 }
 
 DECIDE = {"errors", "layouts", "patterns", "plans", "rules", "optimizers", "planner", "tables"}
-SEAM = {"seam.__init__", "seam.layers", "seam.variables", "seam.optimizers"}
+SEAM = {"seam.__init__", "seam.layers", "seam.variables", "seam.optimizers", "seam.weights"}
 ACT = {
     "agreement",
     "calls",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import torch
+from keras.src.backend.torch.layer import TorchLayer
 
-from keras_tp.seam.variables import ShardedVariable, is_symbolic, reading_full
+from keras_tp.seam.variables import ShardedVariable, is_symbolic, reading_shards
 
 
 @dataclass(frozen=True)
@@ -77,23 +80,58 @@ def parallelized_part(model: Any) -> str | None:
 
 
 def observe_loss(model: Any, observe: Callable[[Any, Any], None]) -> None:
-    """Has `observe(y, sample_weight)` called before each loss, and gives the loss full weights.
-
-    A `compute_loss` or a loss function that reads weights sees them in full.
-    """
-    original = model._compute_loss
+    """Has `observe(y, sample_weight)` called before each loss. Of a mere layer, nothing."""
+    if not isinstance(model, keras.Model):
+        return
+    original = model.compute_loss
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def compute_loss(
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Any:
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
         if not is_symbolic():
-            observe(y, sample_weight)
-        with reading_full():
-            return original(x, y, y_pred, sample_weight, training)
+            given = signature.bind(*args, **kwargs).arguments
+            observe(given.get("y"), given.get("sample_weight"))
+        return original(*args, **kwargs)
 
-    model._compute_loss = compute_loss
+    model.compute_loss = compute_loss
+
+
+def hook_layers() -> None:
+    """Has layers hand torch the shards of their variables as parameters. Idempotent.
+
+    A layer that is built within another's call would hand it gathered weights.
+    """
+    if hasattr(TorchLayer._track_variables, "_keras_tp"):
+        return
+    for name in ("_track_variables", "_post_track_variable"):
+        setattr(TorchLayer, name, _with_shards(getattr(TorchLayer, name)))
+
+
+def _with_shards(method: Any) -> Any:
+    @functools.wraps(method)
+    def with_shards(*args: Any) -> Any:
+        with reading_shards():
+            return method(*args)
+
+    with_shards._keras_tp = True  # type: ignore[attr-defined]
+    return with_shards
+
+
+def captured_views(model: Any, variables: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Operations of functional models in `model` that hold a view of a variable's tensor.
+
+    `ops.transpose(layer.weight)` while a functional graph is made is a constant
+    of that graph, which on torch is a view of the weight's memory. Gives the
+    operation's name and the variable.
+    """
+    by_memory = {v._value.untyped_storage().data_ptr(): v for v in variables}
+    found = []
+    for owner in walk_layers(model):
+        for operation in getattr(owner.layer, "_operations", ()):
+            for node in operation._inbound_nodes:
+                for leaf in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+                    if isinstance(leaf, torch.Tensor) and not isinstance(leaf, keras.Variable):
+                        variable = by_memory.get(leaf.untyped_storage().data_ptr())
+                        if variable is not None:
+                            found.append((operation.name, variable))
+    return found

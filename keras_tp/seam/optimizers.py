@@ -8,11 +8,18 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from keras_tp.errors import LayoutError
 from keras_tp.optimizers import optimizer_problems
-from keras_tp.seam.variables import ShardedVariable, become_sharded
+from keras_tp.seam.variables import (
+    ShardedVariable,
+    become_sharded,
+    local_tensor,
+    reading_shards,
+    shard_like,
+)
 
 
 def optimizer_variables(optimizer: Any) -> list[tuple[Any, Any | None]]:
@@ -34,19 +41,32 @@ def optimizer_variables(optimizer: Any) -> list[tuple[Any, Any | None]]:
 
 
 def hook_optimizers() -> None:
-    """Teaches Keras's optimizers that slots of sharded variables are shards. Idempotent."""
+    """Teaches Keras's optimizers to compute on the shards of sharded variables. Idempotent."""
     if hasattr(BaseOptimizer.build, "_keras_tp"):
         return
     original_build = BaseOptimizer.build
+    original_apply = BaseOptimizer.apply
     original_add = BaseOptimizer.add_variable_from_reference
 
     @functools.wraps(original_build)
     def build(self: Any, variables: Any) -> Any:
         if any(isinstance(v, ShardedVariable) for v in variables):
-            problems = optimizer_problems(self)
-            if problems:
-                raise LayoutError(problems, where="this optimizer")
+            _check(self)
         return original_build(self, variables)
+
+    @functools.wraps(original_apply)
+    def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        updated = trainable_variables or self._trainable_variables
+        if any(isinstance(v, ShardedVariable) for v in updated):
+            _check(self)  # again: its options may have been set since
+            _adopt_slots(self)
+            grads = list(grads)
+            if not in_stateless_scope():
+                _check_gradients(grads, updated)
+        with reading_shards():
+            return original_apply(self, grads, trainable_variables)
 
     @functools.wraps(original_add)
     def add_variable_from_reference(
@@ -75,4 +95,33 @@ def hook_optimizers() -> None:
 
     build._keras_tp = True  # type: ignore[attr-defined]
     BaseOptimizer.build = build
+    BaseOptimizer.apply = apply
     BaseOptimizer.add_variable_from_reference = add_variable_from_reference
+
+
+def _check(optimizer: Any) -> None:
+    problems = optimizer_problems(optimizer)
+    if problems:
+        raise LayoutError(problems, where="this optimizer")
+
+
+def _adopt_slots(optimizer: Any) -> None:
+    """Shards the slots of an optimizer that was built before its variables were sharded."""
+    sharded = sum(isinstance(v, ShardedVariable) for v in optimizer._trainable_variables)
+    if vars(optimizer).get("_keras_tp_sharded") == sharded:
+        return
+    for slot, reference in optimizer_variables(optimizer):
+        if isinstance(reference, ShardedVariable) and not isinstance(slot, ShardedVariable):
+            shard_like(slot, reference)
+    vars(optimizer)["_keras_tp_sharded"] = sharded
+
+
+def _check_gradients(grads: list[Any], variables: list[Any]) -> None:
+    # A full gradient would be broadcast over a shard of size one without a word.
+    for grad, variable in zip(grads, variables, strict=False):
+        wanted = tuple(local_tensor(variable).shape)
+        if grad is not None and tuple(grad.shape) != wanted:
+            raise ValueError(
+                f"the gradient of '{variable.path}' has shape {tuple(grad.shape)}, this rank's "
+                f"shard {wanted}. `variable.value.grad` is the gradient of the shard."
+            )

@@ -13,9 +13,10 @@ from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-from keras.src.random.seed_generator import global_seed_generator
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_tp.layouts import Shape
+from keras_tp.seam.weights import FullWeight
 
 
 def is_symbolic() -> bool:
@@ -47,29 +48,33 @@ class ShardedVariable(keras.Variable):
     """
 
     _sharding: Sharding
-    _gathered: dict[torch.dtype, torch.Tensor] | None
+    _gathered: dict[tuple[torch.dtype, bool], torch.Tensor] | None
 
     @property
     def value(self) -> torch.Tensor:
-        """The full weight while a layer's `call` runs (an all-gather), else this rank's shard."""
+        """The full weight, gathered when it is used; inside an optimizer, this rank's shard."""
         if in_stateless_scope():
             mapped = get_stateless_scope().get_current_value(self)
             if mapped is not None:
                 return self._maybe_autocast(mapped)
         if is_symbolic():
             return self._maybe_autocast(self._stand_in())
-        if _reads_full():
+        if _reads_shards():
+            return self._maybe_autocast(self._value)
+        # In a layer's call it is used at once, as a tensor that compilers know.
+        if self._gathered is not None or _in_call():
             return self.full()
-        return self._maybe_autocast(self._value)
+        return self._maybe_autocast(FullWeight(self))
 
     def full(self, keep: Collection[str] = ()) -> torch.Tensor:
         """The full value, gathered along every axis not in `keep`; differentiable. Collective."""
         local = self._maybe_autocast(self._value)
         if self._gathered is None or keep:
             return self._sharding.full(local, keep)
-        if local.dtype not in self._gathered:
-            self._gathered[local.dtype] = self._sharding.full(local)
-        return self._gathered[local.dtype]
+        kind = local.dtype, torch.is_grad_enabled()
+        if kind not in self._gathered:
+            self._gathered[kind] = self._sharding.full(local)
+        return self._gathered[kind]
 
     def _stand_in(self) -> torch.Tensor:
         # One element, shown as the full shape.
@@ -77,38 +82,21 @@ class ShardedVariable(keras.Variable):
         return element.expand(self._shape)
 
     def assign(self, value: Any) -> Any:
-        """Assigns a full value, of which this rank keeps its shard.
-
-        A tensor, which comes of a computation (an optimizer's), may also be a
-        value of the shard; an array, which comes of a file, may not: a file of a
-        smaller model would load without a word.
-        """
-        computed = isinstance(value, torch.Tensor | keras.Variable)
+        """Assigns a full value, of which this rank keeps its shard; an optimizer assigns shards."""
         value = self._convert_to_tensor(value, dtype=self._dtype)
-        shape = tuple(value.shape)
-        local = computed and shape == self._sharding.local_shape
-        if in_stateless_scope() or not (local or shape == tuple(self._shape)):
+        local = _reads_shards() and tuple(value.shape) == self._sharding.local_shape
+        if in_stateless_scope() or not (local or tuple(value.shape) == tuple(self._shape)):
             # Keras's own way, and its own error for a wrong shape.
             return super().assign(value)
         self._direct_assign(value)
         return value
 
-    def assign_add(self, value: Any) -> Any:
-        """Adds a full value or a value of the shard."""
-        return self.assign(self._value + self._mine(value))
-
-    def assign_sub(self, value: Any) -> Any:
-        """Subtracts a full value or a value of the shard."""
-        return self.assign(self._value - self._mine(value))
-
     def _direct_assign(self, value: torch.Tensor) -> None:
+        local = tuple(value.shape) == self._sharding.local_shape
         with torch.no_grad():
-            self._value.copy_(self._mine(value))
-
-    def _mine(self, value: Any) -> torch.Tensor:
-        value = self._convert_to_tensor(value, dtype=self._dtype)
-        local = tuple(value.shape) != tuple(self._shape)
-        return value if local else self._sharding.local(value)
+            self._value.copy_(value if local else self._sharding.local(value))
+        if self._gathered is not None:
+            self._gathered = {}
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The full value (collective): what `numpy()`, `get_weights` and saving read."""
@@ -122,32 +110,18 @@ class ShardedVariable(keras.Variable):
             f"local shape={self._sharding.local_shape}>"
         )
 
-    # Regularizers and constraints look at the full weight (a norm, a sum), so
-    # that is what they are handed.
-
-    @property
-    def regularizer(self) -> Any:
-        """The regularizer, given the full weight (an all-gather)."""
-        return _on_full(self._regularizer)
-
-    @regularizer.setter
-    def regularizer(self, value: Any) -> None:
-        keras.Variable.regularizer.fset(self, value)
-
     @property
     def constraint(self) -> Any:
-        """The constraint, given the full weight (an all-gather)."""
-        return _on_full(self._constraint)
+        """The constraint, which optimizers call, but which looks at the full weight (a norm)."""
+        return None if self._constraint is None else self._constrained
 
     @constraint.setter
     def constraint(self, value: Any) -> None:
         keras.Variable.constraint.fset(self, value)
 
-
-def _on_full(function: Any) -> Any:
-    if function is None:
-        return None
-    return lambda v: function(v.full() if isinstance(v, ShardedVariable) else v)
+    def _constrained(self, variable: Any) -> Any:
+        with reading_shards(False):
+            return self._constraint(variable)
 
 
 def shard_variable(variable: Any, sharding: Sharding) -> None:
@@ -193,25 +167,26 @@ def full_numpy(variable: Any) -> np.ndarray:
     return backend.convert_to_numpy(variable._value)
 
 
-def _reads_full() -> bool:
-    return (
-        global_state.get_global_attribute("current_call_ctx") is not None
-        or global_state.get_global_attribute(_READING_FULL) is not None
-    )
+def _in_call() -> bool:
+    return global_state.get_global_attribute("current_call_ctx") is not None
 
 
-_READING_FULL = "keras_tp_reading_full"
+_READING_SHARDS = "keras_tp_reading_shards"
+
+
+def _reads_shards() -> bool:
+    return bool(global_state.get_global_attribute(_READING_SHARDS))
 
 
 @contextlib.contextmanager
-def reading_full() -> Iterator[None]:
-    """While open, reading a sharded variable gives the full weight, as in a layer's `call`."""
-    before = global_state.get_global_attribute(_READING_FULL)
-    global_state.set_global_attribute(_READING_FULL, True)
+def reading_shards(on: bool = True) -> Iterator[None]:
+    """While open, a sharded variable is read as this rank's shard, and may be assigned one."""
+    before = global_state.get_global_attribute(_READING_SHARDS)
+    global_state.set_global_attribute(_READING_SHARDS, on)
     try:
         yield
     finally:
-        global_state.set_global_attribute(_READING_FULL, before)
+        global_state.set_global_attribute(_READING_SHARDS, before)
 
 
 @contextlib.contextmanager
@@ -227,6 +202,15 @@ def gathered_once(variables: Iterable[ShardedVariable]) -> Iterator[None]:
             variable._gathered = None
 
 
-def global_seed() -> Any:
-    """The variable behind `keras.random` calls without a seed."""
-    return global_seed_generator().state
+def global_seed() -> np.ndarray | None:
+    """State of the generator behind `keras.random` calls without a seed, if there is one yet."""
+    made = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    return None if made is None else made.state.numpy()
+
+
+def set_global_seed(state: np.ndarray | None) -> None:
+    """Sets what `global_seed` gives. Making the generator draws from Python's random numbers."""
+    if state is None:
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+    else:
+        global_seed_generator().state.assign(state)
