@@ -104,5 +104,7 @@ def _is_array(leaf: Any) -> bool:
 def _fingerprint(leaf: Any) -> str:
     kind = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
     if isinstance(leaf, torch.Tensor):
+        if leaf.layout != torch.strided:
+            return f"{leaf.layout} {kind}"
         leaf = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{kind} of checksum {zlib.crc32(leaf.tobytes()):08x}"

@@ -2,7 +2,8 @@
 
 Keras's `Layer.__call__` goes on as ever (masks, dtypes, autocast, losses) and
 ends in one of these instead of the class's own `call`. Where Keras only asks
-for shapes, the class's own `call` runs.
+for shapes, or computes with values it was handed (`stateless_call`), the class's
+own `call` runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutWarning
 from keras_tp.layouts import chunk_bounds
 from keras_tp.plans import Computation, Contraction, StylePlan
-from keras_tp.seam.variables import ShardedVariable, gathered_once, is_symbolic
+from keras_tp.seam.variables import ShardedVariable, gathered_once, is_stateless, is_symbolic
 
 
 class Stage:
@@ -70,7 +71,7 @@ class ShardCall:
         return variable.full(keep)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_symbolic():
+        if is_symbolic() or is_stateless():
             return self.original(inputs, *args, **kwargs)
         if any(getattr(self.layer, name) is not v for name, v in self.weights.items()):
             # LoRA or quantization came after the plan. The class's own call is

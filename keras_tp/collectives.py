@@ -35,19 +35,26 @@ class Axis:
     Attributes:
         name: the axis name.
         group_name: torch's name of the group of ranks along the axis, this one among them.
-        size: number of those ranks.
-        rank: this rank's index among them.
+        order: for each position along the axis, its rank in the group. A mesh may
+            have its ranks in any order, a group has them in ascending order.
+        rank: this rank's position.
     """
 
     name: str
     group_name: str
-    size: int
+    order: tuple[int, ...]
     rank: int
 
     @classmethod
     def of(cls, mesh: DeviceMesh, name: str) -> Axis:
-        group = mesh.get_group(name)
-        return cls(name, group.group_name, group.size(), mesh.get_local_rank(name))
+        group, line = mesh.get_group(name), mesh[name].mesh.tolist()
+        order = tuple(dist.get_group_rank(group, rank) for rank in line)
+        return cls(name, group.group_name, order, line.index(dist.get_rank()))
+
+    @property
+    def size(self) -> int:
+        """Number of ranks along the axis."""
+        return len(self.order)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -145,6 +152,17 @@ class _Split(torch.autograd.Function):
         return _Gather.apply(grad, ctx.dim, ctx.total, ctx.axis), None, None
 
 
+def broadcast(x: torch.Tensor) -> torch.Tensor:
+    """The first rank's `x`, in memory of its own, on every rank of the job. Collective.
+
+    Travels as bytes, so that any dtype can.
+    """
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    if x.numel():
+        dist.broadcast(x.reshape(-1).view(torch.uint8), src=0)
+    return x
+
+
 def broadcast_object(value: Any) -> Any:
     """The first rank's `value`, on every rank of the job. Collective.
 
@@ -188,4 +206,5 @@ def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tens
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in sizes]
     dist.all_gather(parts, x, group=axis.group)
-    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)], dim)
+    placed = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
+    return torch.cat(placed, dim)

@@ -15,6 +15,7 @@ from keras_tp.plans import Collective, Computation, LayerPlan, Plan, StylePlan, 
 from keras_tp.rules import Weight, collectives_of, computation_of, gathered_along, style_along
 from keras_tp.seam.layers import (
     Owner,
+    captured_views,
     overrides_build,
     parallelized_part,
     variables_of,
@@ -42,7 +43,10 @@ def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
     plans = [_plan_variable(v, claims.pattern_of.get(v.path), layout_map, mesh) for v in variables]
     index = {id(v): i for i, v in enumerate(variables)}
     problems = [*claims.problems, *(unused if strict else ())]
-    problems += _layout_problems(plans, layout_map, mesh) or _unshardable(owners, plans, index)
+    problems += _layout_problems(plans, layout_map, mesh) or [
+        *_unshardable(owners, plans, index),
+        *_captured(model, variables, plans),
+    ]
     if problems:
         raise LayoutError(problems, where=where)
     for sentence in unused:
@@ -162,6 +166,16 @@ def _unshardable(
         if isinstance(owner.layer, keras.layers.TorchModuleWrapper)
         for v in owner.variables
         if plans[index[id(v)]].sharded
+    ]
+
+
+def _captured(model: Any, variables: tuple[Any, ...], plans: list[VariablePlan]) -> list[str]:
+    sharded = {id(v): plan for v, plan in zip(variables, plans, strict=True) if plan.sharded}
+    return [
+        f"pattern {sharded[id(v)].pattern!r} shards {v.path!r}, of which operation "
+        f"'{operation}' of a functional model holds a view, taken when the graph was made. Read "
+        "the weight in the `call` of a layer instead, or narrow the pattern."
+        for operation, v in captured_views(model, [v for v in variables if id(v) in sharded])
     ]
 
 

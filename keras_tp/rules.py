@@ -130,8 +130,13 @@ def style_along(
         split = Shard(dim_of(label, computation.input))
         return StylePlan(axis, "row", split, Partial(), ("kernel",), size)
     # A bias sharded on the same label is added shard by shard, before the gather.
-    bias = weights["bias"].layout if "bias" in weights else ()
-    with_bias = axis in bias and computation.bias[bias.index(axis)] == label
+    # (One of size 1 there is broadcast over the label, and cannot be cut like it.)
+    with_bias = "bias" in weights and any(
+        (labelled, entry, count) == (label, axis, size)
+        for labelled, entry, count in zip(
+            computation.bias, weights["bias"].layout, weights["bias"].shape, strict=True
+        )
+    )
     local = ("kernel", "bias") if with_bias else ("kernel",)
     output = Shard(dim_of(label, computation.output))
     if label in computation.input:

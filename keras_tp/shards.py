@@ -1,18 +1,14 @@
-"""One tensor's shards: how to cut the full value and how to put it together again.
-
-DTensor is used at this edge and nowhere else, to distribute a value from the
-first rank. Computation sees plain local tensors.
-"""
+"""One tensor's shards: how to cut the full value and how to put it together again."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 import torch
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from keras_tp.collectives import Axis, gather
+from keras_tp.collectives import Axis, broadcast, gather
 from keras_tp.layouts import MeshShape, Shape, chunk_bounds
 from keras_tp.mesh import torch_mesh
 
@@ -62,11 +58,8 @@ class Shards:
     def distribute(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the first rank's `full`.
 
-        Collective: one scatter or broadcast per mesh axis. A shard shares no
-        memory with `full`, which can then be freed.
+        Collective: one broadcast. (A scatter would move less, but cuts no uneven
+        shards, nor along two axes at once, and models start once.)
         """
-        full = full.detach()
-        shard = distribute_tensor(full, torch_mesh(self.mesh), self.placements).to_local().detach()
-        if self.cuts and shard.untyped_storage().nbytes() > shard.numel() * shard.itemsize:
-            shard = shard.clone(memory_format=torch.contiguous_format)
-        return shard
+        full = broadcast(full)
+        return self.local(full) if self.cuts else full

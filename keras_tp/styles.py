@@ -39,7 +39,14 @@ class _ShardStyle(Stage):
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.plan.input, Shard)
-        return split(x, self.plan.input.dim, self.axis)
+        dim = self.plan.input.dim
+        if x.shape[dim] != self.plan.size:
+            # A slice of another dim may fit this rank's shard of the kernel by accident.
+            raise ValueError(
+                f"an input of shape {tuple(x.shape)} has {x.shape[dim]} in dim {dim}, where the "
+                f"layer's kernel has {self.plan.size}."
+            )
+        return split(x, dim, self.axis)
 
     def _gather(self, y: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.plan.output, Shard)

@@ -12,6 +12,7 @@ from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_devices, check_ranks, initialize, torch_mesh
 from keras_tp.optimizers import optimizer_problems
 from keras_tp.plans import Plan
+from keras_tp.rules import computation_of
 from keras_tp.seam.layers import (
     Owner,
     hook_layers,
@@ -87,5 +88,11 @@ def _check_fits(plan: Plan, owners: list[Owner], variables: tuple[Any, ...]) -> 
         wanted != found or layers != [(o.path, type(o.layer).__name__) for o in owners]
     ):
         problems.append("the model has the same variables, but other layers or another order.")
+    if not problems:
+        problems = [
+            f"layer '{layer.path}' is planned to compute {layer.computation}, which it does not."
+            for layer, owner in zip(plan.layers, owners, strict=True)
+            if layer.computation is not None and layer.computation != computation_of(owner.layer)[0]
+        ]
     if problems:
         raise LayoutError(problems, where="this plan: it was made for another model")

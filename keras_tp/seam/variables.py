@@ -24,6 +24,11 @@ def is_symbolic() -> bool:
     return in_symbolic_scope() or str(backend.core.get_device()) == "meta"
 
 
+def is_stateless() -> bool:
+    """Whether Keras may have been handed values to compute with in place of the variables'."""
+    return bool(in_stateless_scope())
+
+
 class Sharding(Protocol):
     """What a sharded variable asks of `keras_tp.shards.Shards`."""
 
@@ -136,8 +141,12 @@ def shard_like(slot: Any, reference: ShardedVariable) -> None:
 
 def replicate_variable(variable: Any, sharding: Sharding) -> None:
     """Gives a variable that stays whole the first rank's value. Collective."""
-    with torch.no_grad():
-        variable._value.copy_(sharding.distribute(variable._value))
+    value = sharding.distribute(variable._value)
+    if variable._value.is_contiguous():
+        with torch.no_grad():
+            variable._value.copy_(value)
+    else:  # such as an expanded tensor, into which nothing can be written
+        variable._value.data = value
 
 
 def become_sharded(variable: Any, sharding: Sharding, local: torch.Tensor) -> None:

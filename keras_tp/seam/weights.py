@@ -72,7 +72,9 @@ class FullWeight(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         raise TypeError(f"{func} came by a sharded weight without gathering it")
 
     def _gather(self) -> torch.Tensor:
@@ -81,7 +83,7 @@ class FullWeight(torch.Tensor):
         with torch.no_grad():
             return self._variable.full()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         # A gather would wait for the ranks that do not print.
         return f"<FullWeight of '{self._variable.path}', shape={tuple(self.shape)}>"
 
