@@ -203,8 +203,8 @@ def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tens
         padding = list(x.shape)
         padding[dim] = sizes[0] - x.shape[dim]
         x = torch.cat([x, x.new_zeros(padding)], dim)
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in sizes]
-    dist.all_gather(parts, x, group=axis.group)
-    placed = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
-    return torch.cat(placed, dim)
+    mine = x.reshape(-1).view(torch.uint8)  # as bytes, so that any dtype can travel
+    parts = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(parts, mine, group=axis.group)
+    placed = [parts[rank].view(x.dtype).reshape(x.shape) for rank in axis.order]
+    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(placed, sizes, strict=True)], dim)

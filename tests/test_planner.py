@@ -267,3 +267,14 @@ def test_the_table_shows_what_was_decided() -> None:
     for cell in ("column", "(16, 64)", "(16, 16)", "all_gather output", "all_reduce input grad"):
         assert cell in up
     assert f"mesh batch=1, model=4: 23 of {len(plan.variables)} variables sharded" in text
+
+
+def test_a_view_that_a_graph_holds_is_an_error() -> None:
+    """It would stay the old, full weight, and training would part from it without a word."""
+    ids = keras.Input((5,), dtype="int32")
+    table = layers.Embedding(7, 6, name="table")
+    x = layers.Dense(6, name="middle")(table(ids))
+    model = keras.Model(ids, keras.ops.matmul(x, keras.ops.transpose(table.embeddings)))
+    (problem,) = problems_of(model, {"table/embeddings": ("model", None)})
+    assert "operation 'matmul' of a functional model holds a view" in problem
+    plan_of(model, {"middle/kernel": (None, "model")})

@@ -108,7 +108,11 @@ def test_styles_of_a_contraction(
     local: int,
 ) -> None:
     """A kernel dim taken for another label computes something else of the same shape."""
-    weights = {"kernel": Weight((8, 6, 4), kernel), "bias": Weight((6, 4), bias)}
+    sizes = dict(zip(contraction.kernel, (8, 6, 4), strict=True))
+    weights = {
+        "kernel": Weight((8, 6, 4), kernel),
+        "bias": Weight(tuple(sizes[label] for label in contraction.bias), bias),
+    }
     style = style_along("m", contraction, weights)
     assert style is not None
     assert (style.name, style.input, style.output) == (name, input_, output)
@@ -158,3 +162,18 @@ def test_keras_attention_is_made_of_rules() -> None:
         attention(x, x)
         for part in (attention._query_dense, attention._key_dense, attention._output_dense):
             assert isinstance(computation_of(part)[0], Contraction)
+
+
+def test_a_bias_of_size_one_is_not_cut_with_the_output() -> None:
+    """It stands under the sharded label and is broadcast over it; one rank had none of it."""
+    layer = built(layers.EinsumDense("abc,cd->abd", (5, 6), bias_axes="b"), 5, 4)
+    computation, _ = computation_of(layer)
+    weights = {
+        "kernel": Weight((4, 6), (None, "model")),
+        "bias": Weight((5, 1), (None, "model")),
+    }
+    style = style_along("model", computation, weights)
+    assert style is not None
+    assert (style.name, style.local) == ("column", ("kernel",))
+    forward, _ = collectives_of(style, computation, weights)
+    assert sorted(map(str, forward)) == ["all_gather bias", "all_gather output"]

@@ -482,6 +482,17 @@ def meshes_in_turn() -> list[float]:
     for names in (["cpu:0", "cpu:1", "cpu:2", "cpu:3"], ["cpu:2", "cpu:0", "cpu:3", "cpu:1"]):
         mesh = keras.distribution.DeviceMesh((2, 2), ["rows", "columns"], names)
         worst.append(parity.compare(attention_and_convolution, layout, mesh, data).worst())
+    # torch orders the ranks of a group, a mesh need not; uneven shards show which is whose.
+    for order in ([0, 3, 1, 2], [3, 2, 1, 0], [1, 3, 0, 2]):
+        mesh = keras.distribution.DeviceMesh(
+            (2, 2), ["rows", "columns"], [f"cpu:{r}" for r in order]
+        )
+        uneven = {".*dense/kernel": ("rows", "columns"), ".*dense_3/kernel": ("columns", "rows")}
+        report = parity.compare(models.dense_stack, uneven, mesh, models.dense_data(), steps=1)
+        mesh = keras.distribution.DeviceMesh((4,), ["model"], [f"cpu:{r}" for r in order])
+        uneven = {".*dense_3/kernel": (None, "model"), ".*dense_3/bias": ("model",)}
+        other = parity.compare(models.dense_stack, uneven, mesh, models.dense_data(), steps=1)
+        worst += [report.worst(), other.worst()]
     for axes in ({"batch": 1, "model": 4}, {"rows": 2, "columns": 2}, {"batch": 1, "model": 4}):
         first, second = list(axes)[-2:]
         dense = {
@@ -497,7 +508,8 @@ def meshes_in_turn() -> list[float]:
 
 def test_several_meshes_in_one_job_and_two_sharded_axes(ranks: Any) -> None:
     """A stale mesh on one rank hangs the job; a weight sharded along two axes is reduced along one
-    and gathered along the other; device names say which rank holds what."""
+    and gathered along the other; device names say which rank holds what, in whatever order (ranks
+    out of order had garbled weights, or hung)."""
     for worst in ranks(4)(meshes_in_turn):
         assert max(worst) < 1e-10
 

@@ -189,6 +189,14 @@ def test_refusals_leave_the_model_untouched(fake_ranks: Any) -> None:
     refused(model, "either a layout map .* or a plan", good, plan=keras_tp.plan(model, good))
     other = keras_tp.plan(keras.Sequential([keras.Input((3,)), layers.Dense(4)]), good)
     refused(model, "the plan has 'sequential_1/dense_4/kernel'", plan=other)
+    multiplies, transposed = (
+        keras.Sequential(
+            [keras.Input((4,), name="i"), layers.EinsumDense(e, 4, name="e")], name="s"
+        )
+        for e in ("ab,bc->ac", "ab,cb->ac")
+    )
+    columns = layout_map({"s/e/kernel": (None, "model")}, axes)
+    refused(transposed, "which it does not", plan=keras_tp.plan(multiplies, columns))
     model.compile(keras.optimizers.Lamb(), "mse")
     refused(model, "optimizer Lamb is not known", good)
     model.compile(keras.optimizers.Adam(global_clipnorm=1.0), "mse")
@@ -206,6 +214,11 @@ def test_optimizers_made_later_are_checked_when_they_are_built(fake_ranks: Any) 
     model = apply(models.dense_stack(), models.DENSE_LAYOUT, 2)
     model.compile(keras.optimizers.Adam(clipnorm=1.0), "mse")
     with pytest.raises(keras_tp.LayoutError, match=r"clipnorm=1\.0"):
+        model.train_on_batch(*models.dense_data())
+    model.compile(keras.optimizers.Adam(), "mse")
+    model.train_on_batch(*models.dense_data())
+    model.optimizer.clipnorm = 0.5
+    with pytest.raises(keras_tp.LayoutError, match=r"clipnorm=0\.5"):
         model.train_on_batch(*models.dense_data())
 
 
@@ -257,3 +270,45 @@ def test_meshes_are_cached_by_what_they_are(fake_ranks: Any) -> None:
     torch.distributed.destroy_process_group()
     fake_ranks(1, 4)
     assert mesh({"batch": 4}) is not data
+
+
+def test_an_input_of_another_width_is_an_error(fake_ranks: Any) -> None:
+    """Four wide, it is sliced to nothing that fits six rows: by accident it may."""
+    fake_ranks(0, 2)
+    model = keras.Sequential([layers.EinsumDense("ab,bc->ac", 3, name="e")])
+    model.build((None, 6))
+    apply(model, {".*kernel": ("model", None)}, 2)
+    with pytest.raises(ValueError, match="has 3 in dim 1, where the layer's kernel has 6"):
+        model.layers[0].call(torch.ones(2, 3))
+
+
+class OddTypes(layers.Layer):
+    """Variables of types that no collective takes, and one that shares one element."""
+
+    def build(self, shape: Any) -> None:
+        self.kernel = self.add_weight(shape=(4,), name="kernel")
+        for dtype in ("int16", "uint8", "bool", "uint16", "bfloat16"):
+            name = f"of_{dtype}"
+            self.add_weight(shape=(3,), name=name, dtype=dtype, trainable=False, initializer="ones")
+        one = torch.ones(1)
+        self.add_weight(
+            shape=(3,), name="one", trainable=False, initializer=lambda *a, **k: one.expand(3)
+        )
+
+    def call(self, x: Any) -> Any:
+        return x * self.kernel
+
+
+def odd_types() -> int:
+    layer = OddTypes(name="odd")
+    layer.build((None, 4))  # a layer alone, not a model
+    keras_tp.parallelize(layer, layout_map({"odd/.*": ("model",)}, {"model": 2}))
+    for path, value in keras_tp.full_weights(layer).items():
+        if "kernel" not in path:
+            assert value.astype("float32").tolist() == [1.0] * 3, path
+    return len(keras_tp.local_shapes(layer))
+
+
+def test_any_dtype_and_any_layer(ranks: Any) -> None:
+    """gloo knows neither int16 nor bool: it raised when half of the layer was sharded."""
+    assert ranks(2)(odd_types) == [7, 7]

@@ -27,6 +27,7 @@ class FullWeight(torch.Tensor):
     _tracked: bool
 
     @staticmethod
+    @torch.compiler.disable
     def __new__(cls, variable: Any, tracked: bool = True) -> FullWeight:
         local = variable._value
         weight = torch.Tensor._make_wrapper_subclass(
