@@ -9,17 +9,22 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
 - `Variable._shape` is what symbolic calls, `summary()` and checks see. It stays
   the full shape.
 - Everything reads a weight through the property `Variable.value`. A sharded
-  variable changes class to `ShardedVariable`, whose `value` is the full weight
-  (gathered) while a layer's `call` runs, and this rank's shard otherwise, which
-  is what `v.value.grad`, optimizers and `zero_grad` want. Whether a call is
-  running is Keras's own `current_call_ctx`.
-- Optimizers make a slot with `add_variable_from_reference` and see their
-  variables in `build`. Both are wrapped, once, for all optimizers; for
+  variable changes class to `ShardedVariable`, whose `value` is the full weight,
+  whoever reads it. While a layer's `call` runs (Keras's own `current_call_ctx`)
+  it is gathered at once; elsewhere it is a `FullWeight`, which is gathered when
+  something computes with it, because training steps read `v.value.grad` of every
+  weight and want no more.
+- Optimizers compute with shards: everything they read and assign comes by
+  `BaseOptimizer.apply`. They make a slot with `add_variable_from_reference` and
+  see their variables in `build`. These are wrapped, once, for all optimizers; for
   variables that are not sharded the wrappers do nothing. Slots stand in lists
   beside `_trainable_variables`.
+- `TorchLayer._track_variables` and `_post_track_variable` hand torch the tensors
+  of a layer's variables; wrapped likewise, so that those are the shards.
 - `Layer._layers`, `_trainable_variables`, `_non_trainable_variables` and
   `_seed_generators` are what a layer owns; an instance's `call` takes the place
-  of its class's; every `train_step` comes by `Trainer._compute_loss`.
+  of its class's, its `compute_loss` sees what a step is fed.
+- Nodes of a functional graph (`_operations`, `_inbound_nodes`) hold its constants.
 - Symbolic calls run in a `StatelessScope` and a `SymbolicScope`, mostly on the
   meta device.
 """

@@ -16,7 +16,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_tp.layouts import Shape
-from keras_tp.seam.weights import FullWeight
+from keras_tp.seam.weights import FullWeight, write_error
 
 
 def is_symbolic() -> bool:
@@ -206,9 +206,18 @@ def gathered_once(variables: Iterable[ShardedVariable]) -> Iterator[None]:
         variable._gathered = {}
     try:
         yield
+        if not torch.compiler.is_compiling():
+            for variable in opened:
+                _check_unwritten(variable)
     finally:
         for variable in opened:
             variable._gathered = None
+
+
+def _check_unwritten(variable: ShardedVariable) -> None:
+    for tensor in (variable._gathered or {}).values():
+        if not tensor.is_inference() and tensor._version:
+            raise write_error(variable.path, "a layer's call")
 
 
 def global_seed() -> np.ndarray | None:

@@ -57,11 +57,7 @@ class FullWeight(torch.Tensor):
         written = _written(func, args, kwargs)
         for leaf in tree_iter(written):
             if isinstance(leaf, cls):
-                raise LayoutError(
-                    f"'{leaf._variable.path}' is sharded: what is written into the full weight is "
-                    "lost. Use variable.assign(...), which takes a full value.",
-                    where=f"this use of torch.{getattr(func, '__name__', func)}",
-                )
+                raise write_error(leaf._variable.path, f"torch's {getattr(func, '__name__', func)}")
         full: dict[int, torch.Tensor] = {}
 
         def gathered(w: FullWeight) -> torch.Tensor:
@@ -93,6 +89,15 @@ class FullWeight(torch.Tensor):
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         return self._gather().detach().clone()
+
+
+def write_error(path: str, where: str) -> LayoutError:
+    """The error for writing into a gathered weight."""
+    return LayoutError(
+        f"'{path}' is sharded: what is written into the full weight is lost. Use "
+        "variable.assign(...), which takes a full value.",
+        where=where,
+    )
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
