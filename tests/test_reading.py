@@ -72,7 +72,7 @@ class CustomStep(keras.Model):
         weights = list(self.trainable_weights)
         with torch.no_grad():
             self.optimizer.apply([v.value.grad for v in weights], weights)
-        return {"loss": loss}
+        return {"loss": loss.detach()}
 
 
 def custom_step(shard: Shard) -> Any:
