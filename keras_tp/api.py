@@ -13,8 +13,9 @@ import numpy as np
 
 from keras_tp.backend import require_torch
 from keras_tp.errors import LayoutError
-from keras_tp.planner import check_model, make_plan
+from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
+from keras_tp.problems import check_model
 from keras_tp.seam.layers import variables_of, walk_layers
 from keras_tp.seam.variables import full_numpy, local_tensor
 from keras_tp.wrapper import apply_plan
