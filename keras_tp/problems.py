@@ -1,4 +1,4 @@
-"""What can be wrong with a model, a mesh or a layout map: sentences that say where and what to do."""
+"""What can be wrong with a model, a mesh or a layout map: where, and what to do about it."""
 
 from __future__ import annotations
 
