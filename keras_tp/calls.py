@@ -18,7 +18,13 @@ from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutWarning
 from keras_tp.layouts import chunk_bounds
 from keras_tp.plans import Computation, Contraction, StylePlan
-from keras_tp.seam.variables import ShardedVariable, gathered_once, is_stateless, is_symbolic
+from keras_tp.seam.variables import (
+    ShardedVariable,
+    gathered_once,
+    is_stateless,
+    is_symbolic,
+    reading_shards,
+)
 
 
 class Stage:
@@ -161,7 +167,8 @@ class GatheredCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_symbolic():
             return self.original(*args, **kwargs)
-        with gathered_once(self.variables):
+        # Whole even in a call that an optimizer makes.
+        with reading_shards(False), gathered_once(self.variables):
             return self.original(*args, **kwargs)
 
 

@@ -194,6 +194,10 @@ def control_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
+# Of the dtypes that are not float, those that gloo and NCCL know.
+_INTEGERS = (torch.uint8, torch.int8, torch.int32, torch.int64)
+
+
 def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
     # Chunks of torch.chunk's rule differ only at the end; they travel padded to
     # the first one's size because gloo and NCCL want equal sizes.
@@ -203,8 +207,12 @@ def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tens
         padding = list(x.shape)
         padding[dim] = sizes[0] - x.shape[dim]
         x = torch.cat([x, x.new_zeros(padding)], dim)
-    mine = x.reshape(-1).view(torch.uint8)  # as bytes, so that any dtype can travel
+    x = x.contiguous()
+    # (Only what cannot travel otherwise goes as bytes: torch's compiler gets the views wrong.)
+    mine = x if x.is_floating_point() or x.dtype in _INTEGERS else x.reshape(-1).view(torch.uint8)
     parts = [torch.empty_like(mine) for _ in sizes]
     dist.all_gather(parts, mine, group=axis.group)
-    placed = [parts[rank].view(x.dtype).reshape(x.shape) for rank in axis.order]
-    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(placed, sizes, strict=True)], dim)
+    if mine is not x:
+        parts = [part.view(x.dtype).reshape(x.shape) for part in parts]
+    placed = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
+    return torch.cat(placed, dim)

@@ -16,7 +16,8 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
   weight and want no more.
 - Optimizers compute with shards: everything they read and assign comes by
   `BaseOptimizer.apply`. They make a slot with `add_variable_from_reference` and
-  see their variables in `build`. These are wrapped, once, for all optimizers; for
+  see their variables in `build`, and ask for their rate in
+  `_get_current_learning_rate`. These are wrapped, once, for all optimizers; for
   variables that are not sharded the wrappers do nothing. Slots stand in lists
   beside `_trainable_variables`.
 - `TorchLayer._track_variables` and `_post_track_variable` hand torch the tensors
@@ -24,7 +25,7 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
 - `Layer._layers`, `_trainable_variables`, `_non_trainable_variables` and
   `_seed_generators` are what a layer owns; an instance's `call` takes the place
   of its class's, its `compute_loss` sees what a step is fed.
-- Nodes of a functional graph (`_operations`, `_inbound_nodes`) hold its constants.
+- A `Node` of a functional graph (`_operations`, `_inbound_nodes`) holds its constants.
 - Symbolic calls run in a `StatelessScope` and a `SymbolicScope`, mostly on the
   meta device.
 """

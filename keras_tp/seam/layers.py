@@ -11,8 +11,11 @@ from typing import Any
 import keras
 import torch
 from keras.src.backend.torch.layer import TorchLayer
+from keras.src.ops.node import Node
 
+from keras_tp.errors import LayoutError
 from keras_tp.seam.variables import ShardedVariable, is_symbolic, reading_shards
+from keras_tp.seam.weights import WeightView
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,13 @@ def hook_layers() -> None:
     """Has layers hand torch the shards of their variables as parameters. Idempotent.
 
     A layer that is built within another's call would hand it gathered weights.
+    And a functional graph takes no view of one for a constant: it would stay as it is.
     """
     if hasattr(TorchLayer._track_variables, "_keras_tp"):
         return
     for name in ("_track_variables", "_post_track_variable"):
         setattr(TorchLayer, name, _with_shards(getattr(TorchLayer, name)))
+    Node.__init__ = _without_views(Node.__init__)
 
 
 def _with_shards(method: Any) -> Any:
@@ -115,6 +120,22 @@ def _with_shards(method: Any) -> Any:
 
     with_shards._keras_tp = True  # type: ignore[attr-defined]
     return with_shards
+
+
+def _without_views(original: Any) -> Any:
+    @functools.wraps(original)
+    def init(self: Any, operation: Any, *args: Any, **kwargs: Any) -> None:
+        for leaf in keras.tree.flatten((args, kwargs)):
+            if type(leaf) is WeightView:
+                raise LayoutError(
+                    f"operation '{operation.name}' of a functional model would keep a view of "
+                    f"'{leaf._path}', which is sharded, as it is now. Read the weight in the "
+                    "`call` of a layer instead.",
+                    where="this functional model",
+                )
+        original(self, operation, *args, **kwargs)
+
+    return init
 
 
 def captured_views(model: Any, variables: Iterable[Any]) -> list[tuple[str, Any]]:

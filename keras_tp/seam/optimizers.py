@@ -46,6 +46,7 @@ def hook_optimizers() -> None:
         return
     original_build = BaseOptimizer.build
     original_apply = BaseOptimizer.apply
+    original_rate = BaseOptimizer._get_current_learning_rate
     original_add = BaseOptimizer.add_variable_from_reference
 
     @functools.wraps(original_build)
@@ -67,6 +68,11 @@ def hook_optimizers() -> None:
                 _check_gradients(grads, updated)
         with reading_shards():
             return original_apply(self, grads, trainable_variables)
+
+    @functools.wraps(original_rate)
+    def learning_rate(self: Any) -> Any:
+        with reading_shards(False):  # a schedule may look at weights
+            return original_rate(self)
 
     @functools.wraps(original_add)
     def add_variable_from_reference(
@@ -96,6 +102,7 @@ def hook_optimizers() -> None:
     build._keras_tp = True  # type: ignore[attr-defined]
     BaseOptimizer.build = build
     BaseOptimizer.apply = apply
+    BaseOptimizer._get_current_learning_rate = learning_rate
     BaseOptimizer.add_variable_from_reference = add_variable_from_reference
 
 

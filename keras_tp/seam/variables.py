@@ -69,7 +69,7 @@ class ShardedVariable(keras.Variable):
         # In a layer's call it is used at once, as a tensor that compilers know.
         if self._gathered is not None or _in_call():
             return self.full()
-        return self._maybe_autocast(FullWeight(self))
+        return self._maybe_autocast(FullWeight.of(self))
 
     def full(self, keep: Collection[str] = ()) -> torch.Tensor:
         """The full value, gathered along every axis not in `keep`; differentiable. Collective."""

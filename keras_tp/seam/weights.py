@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from keras_tp.errors import LayoutError
 
@@ -17,18 +19,20 @@ class FullWeight(torch.Tensor):
     regularizer, a custom training step. But shapes are known without a gather,
     and what is there for optimizers belongs to this rank's shard: `grad`, hooks
     on it, `torch.autograd.grad`. Writing into it would be lost, and is an error.
-
-    Args:
-        variable: a `ShardedVariable`.
-        tracked: False for what `detach()` gives.
     """
 
     _variable: Any
     _tracked: bool
 
-    @staticmethod
+    @classmethod
+    def of(cls, variable: Any) -> FullWeight:
+        """What reading `variable`, a `ShardedVariable`, gives."""
+        return _Tracked.apply(variable._value, variable)
+
+    @classmethod
     @torch.compiler.disable
-    def __new__(cls, variable: Any, tracked: bool = True) -> FullWeight:
+    def make(cls, variable: Any, tracked: bool) -> FullWeight:
+        """Without a graph; `tracked` is False for what `detach()` gives."""
         local = variable._value
         weight = torch.Tensor._make_wrapper_subclass(
             cls, tuple(variable.shape), dtype=local.dtype, device=local.device
@@ -45,28 +49,28 @@ class FullWeight(torch.Tensor):
         weight = args[0] if args and isinstance(args[0], cls) else None
         if weight is not None:
             if func in _OF_THE_GRADIENT and weight._tracked:
-                return func(weight._variable._value, *args[1:], **kwargs)
+                answer = func(weight._variable._value, *args[1:], **kwargs)
+                return weight if answer is weight._variable._value else answer
             if func in _OF_THE_SHAPE:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if func in _DETACHED:
-                return cls(weight._variable, tracked=False)
+                return cls.make(weight._variable, tracked=False)
         if func is torch.autograd.grad:
             args, kwargs = tree_map_only(cls, lambda w: w._variable._value, (args, kwargs))
             return func(*args, **kwargs)
-        written = _written(func, args, kwargs)
-        for leaf in tree_iter(written):
-            if isinstance(leaf, cls):
-                raise write_error(leaf._variable.path, f"torch's {getattr(func, '__name__', func)}")
-        full: dict[int, torch.Tensor] = {}
-
-        def gathered(w: FullWeight) -> torch.Tensor:
-            if id(w) not in full:
-                full[id(w)] = w._gather()
-            return full[id(w)]
-
-        args, kwargs = tree_map_only(cls, gathered, (args, kwargs))
-        return func(*args, **kwargs)
+        given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, cls)]
+        path = given[0]._variable.path
+        name = getattr(func, "__name__", str(func))
+        if any(isinstance(leaf, cls) for leaf in tree_iter(_written(func, args, kwargs))):
+            raise write_error(path, f"torch's {name}")
+        full = {id(leaf): leaf._gather() for leaf in given}
+        args, kwargs = tree_map_only(cls, lambda leaf: full[id(leaf)], (args, kwargs))
+        result = func(*args, **kwargs)
+        for value in full.values():
+            if not value.is_inference() and value._version:
+                raise write_error(path, f"torch's {name}")
+        return _guarded(result, {id(value): value for value in full.values()}.values(), path)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -80,15 +84,84 @@ class FullWeight(torch.Tensor):
         with torch.no_grad():
             return self._variable.full()
 
+    # A gather on the one rank that prints would wait for the others.
+
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        # A gather would wait for the ranks that do not print.
         return f"<FullWeight of '{self._variable.path}', shape={tuple(self.shape)}>"
 
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __dir__(self) -> list[str]:
+        return dir(torch.Tensor)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return FullWeight, (self._variable, self._tracked)
+        raise LayoutError(
+            f"'{self._variable.path}' is sharded: pickled, it would be one rank's shard. Use "
+            "variable.numpy() or keras_tp.full_weights(model), on every rank.",
+            where="this use of pickle",
+        )
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         return self._gather().detach().clone()
+
+
+class _Tracked(torch.autograd.Function):
+    """Ties a FullWeight to the shard, for what computes with it behind `__torch_function__`.
+
+    Such as an autograd function of the user's: the gradient that it gives for
+    its input is the full weight's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, variable: Any) -> FullWeight:
+        ctx.variable = variable
+        return FullWeight.make(variable, tracked=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.variable._sharding.local(grad), None
+
+
+class WeightView(torch.Tensor):
+    """A view of a gathered weight, which may be read, but not written: that would be lost."""
+
+    _path: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        views = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, cls)]
+        for leaf in tree_iter(_written(func, args, kwargs)):
+            if isinstance(leaf, cls) and func not in _OF_THE_GRADIENT:
+                raise write_error(leaf._path, f"torch's {getattr(func, '__name__', func)}")
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            if func in _OF_THE_SHAPE or not views:
+                return result
+            return _guarded(result, views, views[0]._path)
+
+
+def _guarded(result: Any, sources: Iterable[torch.Tensor], path: str) -> Any:
+    """`result`, in which what shares the memory of `sources` cannot be written."""
+    if isinstance(result, np.ndarray):
+        result.flags.writeable = False
+        return result
+    with torch._C.DisableTorchFunctionSubclass():
+        memory = {source.untyped_storage().data_ptr() for source in sources}
+
+        def guarded(leaf: Any) -> Any:
+            if type(leaf) is not torch.Tensor or leaf.is_meta or leaf.layout != torch.strided:
+                return leaf
+            if leaf.untyped_storage().data_ptr() not in memory:
+                return leaf
+            view = leaf.as_subclass(WeightView)
+            view._path = path
+            return view
+
+        return tree_map(guarded, result)
 
 
 def write_error(path: str, where: str) -> LayoutError:
@@ -102,7 +175,7 @@ def write_error(path: str, where: str) -> LayoutError:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments that `func` writes into."""
-    name = getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "").split(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or name in _IN_PLACE:
         return args[:1]
@@ -133,7 +206,7 @@ _OF_THE_SHAPE = {
     *_getters("grad", "grad_fn", "is_leaf", "requires_grad"),
     *_getters("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested"),
     *_methods("size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__"),
-    *_methods("is_floating_point", "is_complex"),
+    *_methods("is_floating_point", "is_complex", "stride", "is_contiguous", "get_device"),
     *(torch.numel, torch.is_floating_point, torch.is_complex),
 }
 _DETACHED = {*_getters("data"), *_methods("detach")}
