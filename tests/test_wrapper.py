@@ -71,6 +71,22 @@ def test_collectives_are_those_of_the_plan(fake_ranks: Any, size: int) -> None:
     assert set(counted) == {"all_reduce", "all_gather"}
 
 
+def test_a_training_step_costs_what_the_plan_says(fake_ranks: Any) -> None:
+    """A gather of each weight for its `.grad`, its moving average or its accumulator."""
+    fake_ranks(0, 2)
+    model = models.transformer()
+    plan = keras_tp.plan(model, layout_map(models.TRANSFORMER_LAYOUT, {"batch": 1, "model": 2}))
+    keras_tp.parallelize(model, plan=plan)
+    optimizer = keras.optimizers.AdamW(use_ema=True, gradient_accumulation_steps=2)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = models.transformer_data()
+    for _ in range(4):
+        model.train_on_batch(x, y)
+    with Collectives() as counted:
+        model.train_on_batch(x, y)
+    assert counted == plan.collectives("forward") + plan.collectives("backward")
+
+
 def test_parameters_stay_the_objects_they_were(fake_ranks: Any) -> None:
     """`zero_grad`, torch optimizers and `_torch_params` of every ancestor hold the old object."""
     fake_ranks(0, 2)
