@@ -9,6 +9,7 @@ own `call` runs.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Stage:
         return y
 
 
-class ShardCall:
+class ShardCall(ABC):
     """A layer's computation on shards, with one stage per mesh axis.
 
     Args:
@@ -91,9 +92,9 @@ class ShardCall:
             return self.original(inputs, *args, **kwargs)
         return self.compute(inputs)
 
+    @abstractmethod
     def compute(self, inputs: torch.Tensor) -> torch.Tensor:
         """The layer's output, replicated, of its replicated input."""
-        raise NotImplementedError
 
 
 class ContractionCall(ShardCall):

@@ -194,8 +194,11 @@ def control_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-# Of the dtypes that are not float, those that gloo and NCCL know.
-_INTEGERS = (torch.uint8, torch.int8, torch.int32, torch.int64)
+# The dtypes that gloo and NCCL both know.
+_TRAVEL = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8),
+}
 
 
 def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
@@ -209,7 +212,7 @@ def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tens
         x = torch.cat([x, x.new_zeros(padding)], dim)
     x = x.contiguous()
     # (Only what cannot travel otherwise goes as bytes: torch's compiler gets the views wrong.)
-    mine = x if x.is_floating_point() or x.dtype in _INTEGERS else x.reshape(-1).view(torch.uint8)
+    mine = x if x.dtype in _TRAVEL else x.reshape(-1).view(torch.uint8)
     parts = [torch.empty_like(mine) for _ in sizes]
     dist.all_gather(parts, mine, group=axis.group)
     if mine is not x:

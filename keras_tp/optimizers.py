@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from keras_tp.errors import LayoutError
+
 ELEMENTWISE: tuple[type, ...] = (
     keras.optimizers.SGD,
     keras.optimizers.Adam,
@@ -22,6 +24,13 @@ ELEMENTWISE: tuple[type, ...] = (
     keras.optimizers.Lion,
     keras.optimizers.Ftrl,
 )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises LayoutError if `optimizer` would not give the one-process numbers on shards."""
+    problems = optimizer_problems(optimizer)
+    if problems:
+        raise LayoutError(problems, where="this optimizer")
 
 
 def optimizer_problems(optimizer: Any) -> list[str]:

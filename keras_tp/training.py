@@ -11,13 +11,12 @@ from torch.distributed.tensor import Replicate
 
 from keras_tp.collectives import broadcast_object
 from keras_tp.layouts import MeshShape
-from keras_tp.seam.optimizers import optimizer_variables
+from keras_tp.seam.optimizers import adopt_slots, optimizer_variables
 from keras_tp.seam.variables import (
     ShardedVariable,
     global_seed,
     replicate_variable,
     set_global_seed,
-    shard_like,
 )
 from keras_tp.shards import Shards
 
@@ -30,10 +29,9 @@ def adopt_optimizer(model: Any, mesh: MeshShape) -> None:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return
-    for variable, reference in optimizer_variables(optimizer):
-        if isinstance(reference, ShardedVariable):
-            shard_like(variable, reference)
-        else:
+    adopt_slots(optimizer)
+    for variable, _ in optimizer_variables(optimizer):
+        if not isinstance(variable, ShardedVariable):
             everywhere = (Replicate(),) * len(mesh.axes)
             replicate_variable(variable, Shards(mesh, everywhere, tuple(variable.shape)))
 

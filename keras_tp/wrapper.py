@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from keras_tp.agreement import AgreedBatches, AgreedInputs, check_plans
 from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_devices, check_ranks, initialize, torch_mesh
-from keras_tp.optimizers import optimizer_problems
+from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
 from keras_tp.rules import computation_of
 from keras_tp.seam.layers import (
@@ -35,9 +35,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     optimizer = getattr(model, "optimizer", None)
     _check_fits(plan, owners, variables)
     if optimizer is not None and any(v.sharded for v in plan.variables):
-        problems = optimizer_problems(optimizer)
-        if problems:
-            raise LayoutError(problems, where="this optimizer")
+        check_optimizer(optimizer)
     check_ranks(plan.mesh)
     initialize()
     check_devices([local_tensor(v) for v in variables])
@@ -65,7 +63,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     adopt_optimizer(model, plan.mesh)
     if dist.get_world_size() > 1:
         model.call = AgreedInputs(model)
-    observe_loss(model, AgreedBatches("targets or sample weights").check)
+        observe_loss(model, AgreedBatches("targets or sample weights").check)
     share_random_state()
     mark_parallelized(model)
     return model

@@ -58,11 +58,8 @@ class CustomStep(keras.Model):
     def call(self, x: Any) -> Any:
         return self.d(x)
 
-    def compute_loss(  # type: ignore[no-untyped-def]
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ) -> Any:
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        return loss + 0.1 * ops.norm(self.d.kernel)
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) + 0.1 * ops.norm(self.d.kernel)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         x, y = data[:2]
@@ -130,6 +127,24 @@ def a_rate_that_reads_a_weight(shard: Shard) -> Any:
         *trained(model, 4, optimizer=keras.optimizers.SGD(rate, momentum=0.9)),
         model.layers[1].bias.numpy(),
     ]
+
+
+class AsksAModel(keras.optimizers.Optimizer):
+    """Calls a model in the midst of an update, where weights are otherwise read as shards."""
+
+    elementwise = True
+    asked: Any = None
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        rate = learning_rate * ops.mean(ops.abs(self.asked(np.ones((1, 2)))))
+        self.assign_sub(variable, rate * gradient)
+
+
+def a_model_called_by_an_optimizer(shard: Shard) -> Any:
+    model = shard(alone(Scale, 2), {".*/s": ("model",)})
+    optimizer = AsksAModel(1.0)
+    optimizer.asked = model
+    return trained(model, 2, optimizer=optimizer)
 
 
 def made_to_require_a_gradient(shard: Shard) -> Any:
@@ -295,6 +310,7 @@ CASES: dict[str, Callable[[Shard], Any]] = {
         custom_step,
         own_autograd_function,
         a_rate_that_reads_a_weight,
+        a_model_called_by_an_optimizer,
         made_to_require_a_gradient,
         another_models_loss,
         assigned_in_a_call,
@@ -372,6 +388,7 @@ def writes_that_would_be_lost() -> list[str]:
         lambda: kernel.value.T[1:].mul_(2.0),
         lambda: [row.div_(2.0) for row in kernel.value],
         lambda: torch.nn.functional.relu(kernel.value, inplace=True),
+        lambda: torch.nn.functional.relu(kernel.value[0], inplace=True),
         lambda: torch.ops.aten.mul_.Tensor(kernel.value, torch.ones(())),
         lambda: ops.convert_to_tensor(kernel).cpu().mul_(2.0),
         lambda: kernel.value.data.numpy().fill(0.0),
@@ -390,7 +407,7 @@ def writes_that_would_be_lost() -> list[str]:
 def test_writes_that_would_be_lost_are_errors(ranks: Any) -> None:
     """`v.value.mul_(0.5)` is how torch users write; into a gathered weight it would do nothing."""
     for told in ranks(2)(writes_that_would_be_lost):
-        assert len(told) == 17
+        assert len(told) == 18
         read_only = [text for text in told if text == "assignment destination is read-only"]
         assert len(read_only) == 1  # the array
         for text in told:

@@ -157,8 +157,8 @@ def main() -> None:
             print(
                 f"rank {at}: losses differ by {loss:.1e} at most, weights by {weight:.1e} ({path})"
             )
-    # float32 rounds at 6e-8. Over the steps Adam makes more of it, where gradients are small; a
-    # mistake in a gradient is worth a whole step to it, 1e-2 of a weight.
+    # Where gradients are small, Adam makes more of rounding from step to step; of a mistake in a
+    # gradient it makes whole steps.
     if any(loss > 1e-5 or weight > 1e-4 for loss, weight, _ in everywhere):
         sys.exit("the runs differ")
     if first:

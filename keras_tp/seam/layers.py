@@ -146,6 +146,7 @@ def captured_views(model: Any, variables: Iterable[Any]) -> list[tuple[str, Any]
     operation's name and the variable.
     """
     by_memory = {v._value.untyped_storage().data_ptr(): v for v in variables}
+    by_memory.pop(0, None)  # what has no elements has no memory
     found = []
     for owner in walk_layers(model):
         for operation in getattr(owner.layer, "_operations", ()):

@@ -11,8 +11,7 @@ import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-from keras_tp.errors import LayoutError
-from keras_tp.optimizers import optimizer_problems
+from keras_tp.optimizers import check_optimizer
 from keras_tp.seam.variables import (
     ShardedVariable,
     become_sharded,
@@ -52,7 +51,7 @@ def hook_optimizers() -> None:
     @functools.wraps(original_build)
     def build(self: Any, variables: Any) -> Any:
         if any(isinstance(v, ShardedVariable) for v in variables):
-            _check(self)
+            check_optimizer(self)
         return original_build(self, variables)
 
     @functools.wraps(original_apply)
@@ -61,8 +60,8 @@ def hook_optimizers() -> None:
             trainable_variables = list(trainable_variables)
         updated = trainable_variables or self._trainable_variables
         if any(isinstance(v, ShardedVariable) for v in updated):
-            _check(self)  # again: its options may have been set since
-            _adopt_slots(self)
+            check_optimizer(self)  # again: its options may have been set since
+            adopt_slots(self)
             grads = list(grads)
             if not in_stateless_scope():
                 _check_gradients(grads, updated)
@@ -106,14 +105,11 @@ def hook_optimizers() -> None:
     BaseOptimizer.add_variable_from_reference = add_variable_from_reference
 
 
-def _check(optimizer: Any) -> None:
-    problems = optimizer_problems(optimizer)
-    if problems:
-        raise LayoutError(problems, where="this optimizer")
+def adopt_slots(optimizer: Any) -> None:
+    """Shards the slots of an optimizer that was built before its variables were. Collective.
 
-
-def _adopt_slots(optimizer: Any) -> None:
-    """Shards the slots of an optimizer that was built before its variables were sharded."""
+    Does nothing until more of its variables are sharded than the last time.
+    """
     sharded = sum(isinstance(v, ShardedVariable) for v in optimizer._trainable_variables)
     if vars(optimizer).get("_keras_tp_sharded") == sharded:
         return

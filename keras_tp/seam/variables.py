@@ -16,7 +16,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_tp.layouts import Shape
-from keras_tp.seam.weights import FullWeight, write_error
+from keras_tp.seam.weights import FullWeight, was_written, write_error
 
 
 def is_symbolic() -> bool:
@@ -215,9 +215,8 @@ def gathered_once(variables: Iterable[ShardedVariable]) -> Iterator[None]:
 
 
 def _check_unwritten(variable: ShardedVariable) -> None:
-    for tensor in (variable._gathered or {}).values():
-        if not tensor.is_inference() and tensor._version:
-            raise write_error(variable.path, "a layer's call")
+    if any(map(was_written, (variable._gathered or {}).values())):
+        raise write_error(variable.path, "a layer's call")
 
 
 def global_seed() -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,16 @@ class FullWeight(torch.Tensor):
         name = getattr(func, "__name__", str(func))
         if any(isinstance(leaf, cls) for leaf in tree_iter(_written(func, args, kwargs))):
             raise write_error(path, f"torch's {name}")
-        full = {id(leaf): leaf._gather() for leaf in given}
-        args, kwargs = tree_map_only(cls, lambda leaf: full[id(leaf)], (args, kwargs))
-        result = func(*args, **kwargs)
-        for value in full.values():
-            if not value.is_inference() and value._version:
-                raise write_error(path, f"torch's {name}")
-        return _guarded(result, {id(value): value for value in full.values()}.values(), path)
+        full: dict[Any, torch.Tensor] = {}  # each weight is gathered once, however often given
+
+        def gathered(leaf: FullWeight) -> torch.Tensor:
+            key = id(leaf._variable), leaf._tracked
+            if key not in full:
+                full[key] = leaf._gather()
+            return full[key]
+
+        args, kwargs = tree_map_only(cls, gathered, (args, kwargs))
+        return _only_read(func(*args, **kwargs), full.values(), path, name)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -133,19 +136,26 @@ class WeightView(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
         views = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, cls)]
         for leaf in tree_iter(_written(func, args, kwargs)):
             if isinstance(leaf, cls) and func not in _OF_THE_GRADIENT:
-                raise write_error(leaf._path, f"torch's {getattr(func, '__name__', func)}")
+                raise write_error(leaf._path, f"torch's {name}")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-            if func in _OF_THE_SHAPE or not views:
-                return result
-            return _guarded(result, views, views[0]._path)
+        return result if func in _OF_THE_SHAPE else _only_read(result, views, views[0]._path, name)
 
 
-def _guarded(result: Any, sources: Iterable[torch.Tensor], path: str) -> Any:
-    """`result`, in which what shares the memory of `sources` cannot be written."""
+def was_written(weight: torch.Tensor) -> bool:
+    """Whether something was written into a gathered weight since it was gathered."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return not weight.is_inference() and weight._version > 0
+
+
+def _only_read(result: Any, sources: Collection[torch.Tensor], path: str, name: str) -> Any:
+    """The result of torch's `name`, in which the memory of `sources` cannot be written."""
+    if any(map(was_written, sources)):
+        raise write_error(path, f"torch's {name}")
     if isinstance(result, np.ndarray):
         result.flags.writeable = False
         return result
