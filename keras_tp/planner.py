@@ -75,11 +75,18 @@ def _plan_variable(
 
 def _idle_axes(plans: list[VariablePlan], mesh: MeshShape) -> list[str]:
     used = {axis for v in plans for axis in v.layout}
-    return [
-        f"nothing is sharded along axis {axis!r}: its {size} ranks all compute the same."
-        for axis, size in zip(mesh.axes, mesh.sizes, strict=True)
-        if size > 1 and axis not in used
-    ]
+    notes = []
+    for axis, size in zip(mesh.axes, mesh.sizes, strict=True):
+        if size > 1 and axis not in used:
+            notes.append(
+                f"nothing is sharded along axis {axis!r}: its {size} ranks all compute the same."
+            )
+        elif size > 1 and axis == "batch":
+            notes.append(
+                f"axis 'batch' shares out weights, not yet rows: each of its {size} replicas "
+                "computes the whole batch."
+            )
+    return notes
 
 
 def _full_reads(variables: Iterable[Any], plans: list[VariablePlan]) -> list[str]:

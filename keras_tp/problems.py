@@ -50,11 +50,6 @@ def read_mesh(layout_map: Any) -> MeshShape:
     if len(set(mesh.ranks)) < len(mesh.ranks):
         names = [str(name) for name in layout_map.device_mesh.devices.flatten()]
         problems.append(f"the mesh names a device twice: {', '.join(names)}.")
-    if "batch" in mesh.axes and mesh.axis_size("batch") > 1:
-        problems.append(
-            f"axis 'batch' has size {mesh.axis_size('batch')}: data parallelism is not there yet. "
-            "Use batch=1 and give the ranks to the other axis."
-        )
     if problems:
         raise LayoutError(problems, where=f"this mesh ({mesh})")
     return mesh

@@ -219,10 +219,11 @@ def test_axes_of_one_rank_shard_nothing() -> None:
     assert "one rank along model" in {layer.reason for layer in plan.layers}
 
 
-def test_data_parallel_meshes_are_refused_for_now() -> None:
-    """Gradients that nobody averages over the batch axis would be wrong in silence."""
-    with pytest.raises(keras_tp.LayoutError, match="axis 'batch' has size 2"):
-        keras_tp.plan(models.dense_stack(), layout_map({}, {"batch": 2, "model": 2}))
+def test_a_batch_axis_that_shares_out_no_rows_is_said() -> None:
+    """Two replicas that compute the same batch, where the user counts on half of it each."""
+    layout = {"sequential/dense/kernel": ("batch", "model")}
+    plan = keras_tp.plan(models.dense_stack(), layout_map(layout, {"batch": 2, "model": 2}))
+    assert any("each of its 2 replicas computes the whole batch" in note for note in plan.notes)
 
 
 def test_what_a_plan_leaves_idle_or_reads_in_full_is_noted() -> None:
