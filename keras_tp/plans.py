@@ -173,8 +173,8 @@ class LayerPlan:
 
     @property
     def style(self) -> str:
-        """The styles in words, e.g. `"column"` or `"row + gathered"`."""
-        return " + ".join(style.name for style in self.styles) or "replicated"
+        """The styles in words, each once, e.g. `"column"` or `"row + gathered"`."""
+        return " + ".join(dict.fromkeys(style.name for style in self.styles)) or "replicated"
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
+import matrix
 import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
+
+from keras_tp.tables import plain_table, render
 
 torch.set_num_threads(1)
 
@@ -25,6 +29,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-layers", action="store_true", help="write the page of the layers' matrix"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Draws the matrix, of the tests that passed, and writes its page where asked to."""
+    results: dict[str, dict[str, list[list[str]]]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for key, value in report.user_properties:
+            if key == "matrix":
+                name, mesh, rows = value
+                results.setdefault(name, {})[mesh] = rows
+    if not results:
+        return
+    table = plain_table("every dim of every weight", *matrix.MESHES)
+    for line in matrix.summary(results):
+        table.add_row(*line)
+    terminalreporter.write_line(render(table))
+    if config.getoption("--write-layers"):
+        from layer_cases import CASES
+
+        done = {name: results[name] for name in CASES if len(results.get(name, ())) == 3}
+        matrix.PAGE.write_text(matrix.page(done))
 
 
 @pytest.fixture(scope="session")

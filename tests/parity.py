@@ -26,6 +26,8 @@ from keras_tp.seam.variables import ShardedVariable, local_tensor
 # still shows.
 FLOOR = 1e-3
 
+SGD = {"class_name": "SGD", "config": {"learning_rate": 0.05, "momentum": 0.9}}
+
 
 @contextlib.contextmanager
 def real_float64(on: bool = True) -> Iterator[None]:
@@ -59,6 +61,7 @@ class Report:
     weights: dict[str, float] = field(default_factory=dict)
     slots: dict[str, float] = field(default_factory=dict)
     sharded: int = 0
+    styles: str = ""
 
     def worst(self, but: Callable[[str], bool] = lambda path: False) -> float:
         """The largest of all but those of the variables and slots that `but` picks out."""
@@ -87,7 +90,7 @@ def layout_map(layout: Mapping[str, tuple[Any, ...]], mesh: Any) -> Any:
 
 
 def build_seeded(build: Callable[[], Any], seed: int = 7) -> Any:
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # a full garbage collection takes 0.1 s
     keras.utils.set_random_seed(seed)
     model = build()
     # Zeros and ones hide mistakes: a bias of zero can be added twice.
@@ -95,6 +98,30 @@ def build_seeded(build: Callable[[], Any], seed: int = 7) -> Any:
     for weight in model.trainable_weights:
         weight.assign(weight.numpy() + 0.1 * noise.standard_normal(weight.shape))
     return model
+
+
+@dataclass
+class Case:
+    """What is trained: both sides of every comparison get the same."""
+
+    build: Callable[[], Any]
+    data: tuple[Any, Any]
+    optimizer: dict[str, Any] | None = None
+    loss: Any = "mse"
+    steps: int = 3
+
+
+@dataclass
+class Run:
+    """All that a training gives, on one rank; gradients are those of what the rank stores."""
+
+    output: Any
+    input_gradient: Any
+    gradients: list[tuple[Any, torch.Tensor]]
+    losses: list[float]
+    prediction: Any
+    weights: dict[str, Any]
+    slots: list[tuple[str, Any]]
 
 
 def compare(
@@ -109,55 +136,62 @@ def compare(
     float64: bool = True,
 ) -> Report:
     """Trains both for `steps` batches and reports. Runs on every rank."""
+    case = Case(build, data, optimizer, loss, steps)
     with real_float64(float64):
-        return _compare(build, layout, mesh, data, optimizer, loss, steps)
+        return compare_with(train(build_seeded(build), case), case, layout, mesh)
 
 
-def _compare(
-    build: Callable[[], Any],
-    layout: Mapping[str, tuple[Any, ...]],
-    mesh: Any,
-    data: tuple[Any, Any],
-    optimizer: dict[str, Any] | None,
-    loss: Any,
-    steps: int,
+def compare_with(
+    one: Run, case: Case, layout: Mapping[str, tuple[Any, ...]], mesh: Any
 ) -> Report:
-    config = optimizer or {"class_name": "SGD", "config": {"learning_rate": 0.05, "momentum": 0.9}}
-    one, many = build_seeded(build), build_seeded(build)
-    keras_tp.parallelize(many, layout_map(layout, mesh))
-    for model in (one, many):
-        model.compile(keras.optimizers.deserialize(config), loss=keras.losses.get(loss))
-    report = Report(sharded=sum(isinstance(v, ShardedVariable) for v in many.variables))
-
-    x, y = data
-    out_one, in_one = _gradients(one, x, y)
-    out_many, in_many = _gradients(many, x, y)
-    report.output = difference(out_one, out_many)
-    if in_one is not None:
-        report.input_gradient = difference(in_one, in_many)
-    for a, b in zip(one.trainable_variables, many.trainable_variables, strict=True):
-        full = local_tensor(a).grad
-        assert full is not None, a.path
-        mine = b._sharding.local(full) if isinstance(b, ShardedVariable) else full
-        grad = local_tensor(b).grad
-        assert grad is not None, b.path
-        assert tuple(grad.shape) == tuple(mine.shape), b.path
-        gap = float((grad - mine).abs().max()) if grad.numel() else 0.0
-        report.gradients[a.path] = gap / max(float(full.abs().max()), FLOOR)
-
-    for _ in range(steps):
-        report.loss = max(
-            report.loss, difference(one.train_on_batch(x, y), many.train_on_batch(x, y))
-        )
-    report.output = max(
-        report.output, difference(one.predict_on_batch(x), many.predict_on_batch(x))
+    """Trains the case parallelized and reports how it differs from `one`, the plain run."""
+    model = build_seeded(case.build)
+    plan = keras_tp.plan(model, layout_map(layout, mesh))
+    keras_tp.parallelize(model, plan=plan)
+    many = train(model, case)
+    report = Report(
+        styles=", ".join(sorted({layer.style for layer in plan.layers if layer.styles})),
+        sharded=sum(isinstance(v, ShardedVariable) for v in model.variables),
+        output=max(
+            difference(one.output, many.output), difference(one.prediction, many.prediction)
+        ),
+        loss=max(map(difference, one.losses, many.losses)),
     )
-    full_many = keras_tp.full_weights(many)
-    for path, value in keras_tp.full_weights(one).items():
-        report.weights[path] = difference(value, full_many[path])
-    for a, b in zip(one.optimizer.variables, many.optimizer.variables, strict=True):
-        report.slots[a.path] = difference(a.numpy(), b.numpy())
+    if one.input_gradient is not None:
+        report.input_gradient = difference(one.input_gradient, many.input_gradient)
+    for (variable, full), (shard, grad) in zip(one.gradients, many.gradients, strict=True):
+        mine = shard._sharding.local(full) if isinstance(shard, ShardedVariable) else full
+        assert tuple(grad.shape) == tuple(mine.shape), shard.path
+        gap = float((grad - mine).abs().max()) if grad.numel() else 0.0
+        report.gradients[variable.path] = gap / max(float(full.abs().max()), FLOOR)
+    for path, value in one.weights.items():
+        report.weights[path] = difference(value, many.weights[path])
+    for (path, a), (_, b) in zip(one.slots, many.slots, strict=True):
+        report.slots[path] = difference(a, b)
     return report
+
+
+def train(model: Any, case: Case) -> Run:
+    """Trains a model. Collective where it is parallelized."""
+    config = case.optimizer or SGD
+    model.compile(keras.optimizers.deserialize(config), loss=keras.losses.get(case.loss))
+    x, y = case.data
+    output, input_gradient = _gradients(model, x, y)
+    gradients = []
+    for v in model.trainable_variables:
+        grad = local_tensor(v).grad
+        assert grad is not None, v.path
+        gradients.append((v, grad.clone()))
+    losses = [float(model.train_on_batch(x, y)) for _ in range(case.steps)]
+    return Run(
+        output,
+        input_gradient,
+        gradients,
+        losses,
+        prediction=model.predict_on_batch(x),
+        weights=keras_tp.full_weights(model),
+        slots=[(v.path, v.numpy()) for v in model.optimizer.variables],
+    )
 
 
 def _gradients(model: Any, x: Any, y: Any) -> tuple[Any, Any]:

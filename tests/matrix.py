@@ -1,0 +1,116 @@
+"""The page `tests/layers.md`: what the matrix of `test_layers.py` found, cell by cell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("layers.md")
+
+MESHES: dict[str, dict[str, int]] = {
+    "model=2": {"model": 2},
+    "model=4": {"model": 4},
+    "batch=2 x model=2": {"batch": 2, "model": 2},
+}
+
+HEAD = """\
+# Every dim of every weight
+
+Written by `make layers`; `make test` fails where a word of it is no longer true.
+
+A row is a weight of a layer, a column a mesh. An entry stands for one training: the weight's dims one after
+another, each sharded alone (on `batch=2 x model=2` that dim along `model` and the next along `batch`, so that
+every dim is cut along both; a vector along `batch`). *all* shards every weight of the layer at once: on its
+first dim, on its last, and on mixed ones.
+
+**Every entry is exact**: outputs, losses, input gradients, the gradient of every weight, every weight and every
+optimizer slot after 3 steps of SGD with momentum equal those of one process to 1e-10 in float64, on every rank.
+The word says how the layer then computes: *column*, *row*, *batched* and *vocabulary* on its shards, *gathered*
+with the whole weight, *replicated* where the mesh cuts nothing. *refused* is an error before anything is
+sharded; its reason stands below the table.
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the matrix.
+
+    Attributes:
+        weight: path, or "all".
+        what: the dim, or which dims of all.
+        outcome: the styles of the layers that are sharded, or "refused".
+        difference: the largest, relative.
+        reason: why refused.
+    """
+
+    weight: str
+    what: str
+    outcome: str
+    difference: float
+    reason: str
+
+
+def rows_of(cells: Iterable[Cell]) -> list[list[str]]:
+    """For each weight its entries in the order of its dims, and reasons for refusals."""
+    rows: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
+    for cell in cells:
+        rows.setdefault(cell.weight, []).append(cell.outcome)
+        if cell.reason:
+            reasons.setdefault(cell.weight, []).append(" ".join(cell.reason.split()))
+    return [
+        [weight, " · ".join(outcomes), " / ".join(dict.fromkeys(reasons.get(weight, [])))]
+        for weight, outcomes in rows.items()
+    ]
+
+
+def page(results: dict[str, dict[str, list[list[str]]]]) -> str:
+    """The page, from rows by mesh by layer."""
+    lines = [HEAD, f"| layer | weight | {' | '.join(MESHES)} |", f"|{'---|' * (2 + len(MESHES))}"]
+    reasons: dict[str, None] = {}
+    for name, by_mesh in results.items():
+        label = name
+        for weight in [row[0] for row in next(iter(by_mesh.values()))]:
+            entries = []
+            for mesh in MESHES:
+                _, text, reason = next(row for row in by_mesh[mesh] if row[0] == weight)
+                entries.append(text)
+                if reason and weight != "all":
+                    reason = re.sub(r"\d+ problems? in this layout map \(mesh: .*?\) ", "", reason)
+                    reasons[f"- {name}, `{weight}`: {reason}"] = None
+            lines.append(f"| {label} | {weight} | {' | '.join(entries)} |")
+            label = ""
+    if reasons:
+        lines += ["", *reasons]
+    return "\n".join(lines) + "\n"
+
+
+def on_page(name: str, mesh: str) -> list[list[str]]:
+    """The rows of a layer and a mesh as they stand on the page: weight and entries."""
+    column = 2 + list(MESHES).index(mesh)
+    found, here = [], False
+    for line in PAGE.read_text().splitlines() if PAGE.exists() else ():
+        fields = [part.strip() for part in line.split(" | ")]
+        if not line.startswith("| ") or len(fields) != 2 + len(MESHES):
+            continue
+        label = fields[0].removeprefix("|").strip()
+        here = label == name if label else here
+        if here:
+            found.append([fields[1], fields[column].removesuffix("|").strip()])
+    return found
+
+
+def summary(results: dict[str, dict[str, list[list[str]]]]) -> list[list[str]]:
+    """A line for each layer: how many trainings were exact, how many refused."""
+    lines = []
+    for name, by_mesh in results.items():
+        line = [name]
+        for mesh in MESHES:
+            entries = [e for row in by_mesh.get(mesh, ()) for e in row[1].split(" · ")]
+            refused = entries.count("refused")
+            text = f"{len(entries) - refused} exact" if entries else "not run"
+            line.append(text + (f", {refused} refused" if refused else ""))
+        lines.append(line)
+    return lines
