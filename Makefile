@@ -7,13 +7,17 @@ PYTHON ?= python3
 RANKS ?= 2
 BIN = .venv/bin
 
-.PHONY: demo test check bench clean FORCE
+.PHONY: demo test layers check bench clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# Writes tests/layers.md, with which the tests compare what they find.
+layers: .venv/test
+	$(BIN)/python -m pytest tests/test_layers.py --write-layers
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
 """Tensor-parallel Keras on PyTorch. The tour of the package is `keras_tp/api.py`."""
 
 from keras_tp import backend  # noqa: F401, first: it picks torch before Keras is imported
-from keras_tp.api import full_weights, local_shapes, parallelize, plan
+from keras_tp.api import full_weights, local_shapes, parallelize, plan, verify
+from keras_tp.checks import LayerCheck, Verification
 from keras_tp.data import DataSharder
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.mesh import device_mesh, initialize
@@ -10,11 +11,13 @@ from keras_tp.version import __version__
 
 __all__ = [
     "DataSharder",
+    "LayerCheck",
     "LayerPlan",
     "LayoutError",
     "LayoutWarning",
     "Plan",
     "VariablePlan",
+    "Verification",
     "__version__",
     "device_mesh",
     "full_weights",
@@ -22,4 +25,5 @@ __all__ = [
     "local_shapes",
     "parallelize",
     "plan",
+    "verify",
 ]

@@ -62,7 +62,7 @@ class AgreedBatches:
         if self.seen & (self.seen - 1):
             return
         leaves = keras.tree.flatten(batch)
-        different = _first_difference([_fingerprint(leaf) for leaf in leaves if _is_array(leaf)])
+        different = _first_difference([fingerprint(leaf) for leaf in leaves if _is_array(leaf)])
         if different is not None:
             first, rank, other = different
             raise ValueError(
@@ -85,12 +85,20 @@ class AgreedInputs:
         return self.original(*args, **kwargs)
 
 
-def _first_difference(lines: list[str]) -> tuple[str, int, str] | None:
-    """The first line that is not the same on every rank: rank 0's, another rank, and its."""
+def every_ranks(lines: list[str]) -> list[list[str]] | None:
+    """The lines of every rank, or None where all are the same. Collective."""
     if all_equal(hashlib.sha256("\n".join(lines).encode()).digest()):
         return None
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, lines)
+    return everywhere
+
+
+def _first_difference(lines: list[str]) -> tuple[str, int, str] | None:
+    """The first line that is not the same on every rank: rank 0's, another rank, and its."""
+    everywhere = every_ranks(lines)
+    if everywhere is None:
+        return None
     rank = next(rank for rank, other in enumerate(everywhere) if other != everywhere[0])
     pairs = zip([*everywhere[0], "nothing"], [*everywhere[rank], "nothing"], strict=False)
     first, other = next((a, b) for a, b in pairs if a != b)
@@ -101,7 +109,8 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray | torch.Tensor)
 
 
-def _fingerprint(leaf: Any) -> str:
+def fingerprint(leaf: Any) -> str:
+    """Dtype, shape and a checksum of an array or tensor."""
     kind = f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
     if isinstance(leaf, torch.Tensor):
         if leaf.layout != torch.strided:

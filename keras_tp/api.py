@@ -3,6 +3,7 @@
 plan         reads the model and the layout map, decides everything, touches nothing
 parallelize  obeys a plan
 local_shapes, full_weights   look at the result
+verify       compares it with itself on gathered weights
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from keras_tp.backend import require_torch
+from keras_tp.checks import Verification
 from keras_tp.errors import LayoutError
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
 from keras_tp.problems import check_model
 from keras_tp.seam.layers import variables_of, walk_layers
 from keras_tp.seam.variables import full_numpy, local_tensor
+from keras_tp.verification import verify_model
 from keras_tp.wrapper import apply_plan
 
 
@@ -94,6 +97,44 @@ def parallelize(
         )
     check_model(model)
     return apply_plan(model, plan)
+
+
+def verify(
+    model: Any, batch: Any, *, training: bool = False, tolerance: float | None = None
+) -> Verification:
+    """Checks a parallelized model against itself on gathered weights, layer by layer.
+
+    Every layer that computes with sharded weights is called twice with what it
+    gets from your batch, once as planned and once whole, as plain Keras would,
+    and then the whole model is. Outputs, gradients of inputs and gradients of
+    weights are compared on every rank; so are the weights that ranks should
+    hold alike. As each layer gets the same inputs twice, a difference in one is
+    not inherited by the next: the first row that differs is where it begins.
+
+    Collective, and takes the memory of one layer's full weights at a time, in
+    the end of all. It changes nothing: weights, gradients, statistics and random
+    states stay as they are.
+
+    Args:
+        model: a model that `keras_tp.parallelize` was given.
+        batch: inputs as for `fit`, alone or in a tuple (x, y) of which x is
+            used; the same on every rank.
+        training: how to call the model.
+        tolerance: largest difference, relative to the largest value, that counts
+            as equal; by default what rounding may make in the dtype a layer
+            computes in: 1e-10 (float64), 1e-5 (float32), 5e-2 (bfloat16).
+
+    Returns:
+        What was found, the same on every rank; `print` it for a table.
+
+    Raises:
+        LayoutError: a model that is not parallelized.
+
+    Example:
+        >>> print(keras_tp.verify(model, x[:8]))
+    """
+    require_torch()
+    return verify_model(model, batch, training, tolerance)
 
 
 def local_shapes(model: Any) -> dict[str, tuple[int, ...]]:

@@ -69,6 +69,11 @@ class ShardCall(ABC):
         self.weights = {name: getattr(layer, name) for name in computation.weights}
         self.stages: list[Stage] = []
 
+    @property
+    def style(self) -> str:
+        """The styles in words, as in the plan."""
+        return " + ".join(dict.fromkeys(stage.plan.name for stage in self.stages))
+
     def read(self, name: str) -> torch.Tensor:
         """The weight as the computation wants it: a shard along some axes, full along others."""
         variable = self.weights[name]
@@ -160,6 +165,8 @@ class LookupCall(ShardCall):
 
 class GatheredCall:
     """The class's own `call`, around which each sharded weight is gathered at most once."""
+
+    style = "gathered"
 
     def __init__(self, layer: Any, variables: list[ShardedVariable]):
         self.original = layer.call

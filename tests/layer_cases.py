@@ -180,11 +180,11 @@ def activations() -> Any:
     return keras.Model(x, layers.Concatenate()(parts))
 
 
-ACTIVATIONS = (
-    "celu elu exponential gelu glu hard_shrink hard_sigmoid hard_silu hard_tanh leaky_relu linear "
-    "log_sigmoid log_softmax mish relu relu6 selu sigmoid silu soft_shrink softmax softplus "
-    "softsign sparse_plus sparse_sigmoid sparsemax squareplus tanh tanh_shrink"
-).split()
+ACTIVATIONS = [
+    name
+    for name in dir(keras.activations)
+    if not name.startswith("_") and name not in ("deserialize", "get", "serialize", "threshold")
+]
 
 
 def lora(layer: Callable[[], Any], *shape: int, dtype: Any = None) -> Callable[[], Any]:
@@ -283,7 +283,9 @@ def additive() -> Any:
     x = keras.Input((4, 6))
     h = layers.Dense(6, name="mix")(x)
     return keras.Model(
-        x, layers.AdditiveAttention(name="additive")([h, x]) + layers.Attention(True, name="scaled")([h, x])
+        x,
+        layers.AdditiveAttention(name="additive")([h, x])
+        + layers.Attention(True, name="scaled")([h, x]),
     )
 
 
@@ -396,9 +398,7 @@ CASES: dict[str, LayerCase] = {
     "LSTM, dropout": one(lambda: layers.LSTM(4, dropout=0.3, recurrent_dropout=0.3, seed=6), STEPS),
     "GRU": one(lambda: layers.GRU(6, return_sequences=True), STEPS),
     "Bidirectional LSTM": one(lambda: layers.Bidirectional(layers.LSTM(3)), STEPS),
-    "RNN, stacked cells": one(
-        lambda: layers.RNN([layers.LSTMCell(3), layers.GRUCell(4)]), STEPS
-    ),
+    "RNN, stacked cells": one(lambda: layers.RNN([layers.LSTMCell(3), layers.GRUCell(4)]), STEPS),
     "RNN, own cell": one(lambda: layers.RNN(Cell()), STEPS),
     "ConvLSTM1D": one(lambda: layers.ConvLSTM1D(3, 2), floats(2, 3, 5, 4)),
     "ConvLSTM2D": one(lambda: layers.ConvLSTM2D(3, 2), floats(2, 3, 4, 4, 2)),

@@ -141,9 +141,7 @@ def compare(
         return compare_with(train(build_seeded(build), case), case, layout, mesh)
 
 
-def compare_with(
-    one: Run, case: Case, layout: Mapping[str, tuple[Any, ...]], mesh: Any
-) -> Report:
+def compare_with(one: Run, case: Case, layout: Mapping[str, tuple[Any, ...]], mesh: Any) -> Report:
     """Trains the case parallelized and reports how it differs from `one`, the plain run."""
     model = build_seeded(case.build)
     plan = keras_tp.plan(model, layout_map(layout, mesh))

@@ -22,6 +22,7 @@ MODULES = {
 }
 
 DECIDE = {
+    "checks",
     "errors",
     "layouts",
     "patterns",
@@ -42,6 +43,7 @@ ACT = {
     "shards",
     "styles",
     "training",
+    "verification",
     "wrapper",
 }
 WHOLE = {"__init__", "api", "backend", "version"}

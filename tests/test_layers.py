@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import parity
 import pytest
 from layer_cases import CASES, floats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -54,6 +54,7 @@ class ShardedVariable(keras.Variable):
 
     _sharding: Sharding
     _gathered: dict[tuple[torch.dtype, bool], torch.Tensor] | None
+    _stood_in: torch.Tensor | None = None  # read in place of what is gathered
 
     @property
     def value(self) -> torch.Tensor:
@@ -64,6 +65,8 @@ class ShardedVariable(keras.Variable):
                 return self._maybe_autocast(mapped)
         if is_symbolic():
             return self._maybe_autocast(self._stand_in())
+        if self._stood_in is not None:
+            return self._maybe_autocast(self._stood_in)
         if _reads_shards():
             return self._maybe_autocast(self._value)
         # In a layer's call it is used at once, as a tensor that compilers know.
@@ -102,6 +105,8 @@ class ShardedVariable(keras.Variable):
             self._value.copy_(value if local else self._sharding.local(value))
         if self._gathered is not None:
             self._gathered = {}
+        if self._stood_in is not None and not local:
+            self._stood_in = value.detach()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The full value (collective): what `numpy()`, `get_weights` and saving read."""
@@ -167,6 +172,51 @@ def become_sharded(variable: Any, sharding: Sharding, local: torch.Tensor) -> No
 def local_tensor(variable: Any) -> torch.Tensor:
     """What this rank stores of a variable, sharded or not."""
     return variable._value
+
+
+def shard_of(variable: Any, full: torch.Tensor) -> torch.Tensor:
+    """What this rank stores of a full value or gradient of a variable, sharded or not."""
+    return variable._sharding.local(full) if isinstance(variable, ShardedVariable) else full
+
+
+@contextlib.contextmanager
+def gathered_instead(variables: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
+    """While open, sharded variables are read as full leaves, gathered here, and not again.
+
+    Gives a tensor per variable for gradients to be taken of: the leaf, or a
+    whole variable's own. Collective.
+    """
+    sources = []
+    try:
+        for variable in variables:
+            if isinstance(variable, ShardedVariable):
+                with torch.no_grad():
+                    full = variable._sharding.full(variable._value)
+                variable._stood_in = full.requires_grad_(variable._value.requires_grad)
+                sources.append(variable._stood_in)
+            else:
+                sources.append(variable._value)
+        yield sources
+    finally:
+        for variable in variables:
+            if isinstance(variable, ShardedVariable):
+                variable._stood_in = None
+
+
+@contextlib.contextmanager
+def restored(variables: Iterable[Any]) -> Iterator[None]:
+    """Afterwards the variables and torch's and Keras's random states are as they were."""
+    before = [(v, v._value.detach().clone()) for v in variables]
+    seed = global_seed()
+    devices = range(torch.cuda.device_count())
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for variable, value in before:
+                variable._value.copy_(value)
+        set_global_seed(seed)
 
 
 def full_numpy(variable: Any) -> np.ndarray:

@@ -1,0 +1,163 @@
+"""`keras_tp.verify`. That it sees mistakes is shown in `test_breaks.py`."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import keras
+import models
+import numpy as np
+import parity
+import pytest
+import torch
+import torch.distributed as dist
+from keras import layers
+
+import keras_tp
+from keras_tp.seam.variables import local_tensor
+
+
+def restless() -> Any:
+    """Everything that a call changes: statistics, seeds, torch's random numbers, metrics."""
+    x = keras.Input((5, 8))
+    h = layers.Dense(6, activation="relu", name="up")(x)
+    h = layers.BatchNormalization(name="norm")(h)
+    h = layers.Dropout(0.4, seed=3)(h)
+    h = layers.LSTM(4, dropout=0.2, name="lstm")(h)
+    h = layers.Dense(4, name="middle", kernel_regularizer="l2")(h)
+    return keras.Model(x, [layers.Dense(6, name="a")(h), layers.Dense(2, name="b")(h)])
+
+
+RESTLESS = {
+    "(up|a)/kernel": (None, "model"),
+    "middle/kernel": ("model", None),
+    "norm/.*": ("model",),
+    ".*lstm_cell/kernel": (None, "model"),
+}
+
+
+def state(model: Any) -> list[Any]:
+    return [local_tensor(v).detach().clone() for v in [*model.variables, *model.metrics_variables]]
+
+
+def nothing_changes(training: bool) -> tuple[float, bool, list[str], float]:
+    keras.utils.set_random_seed(3)
+    many = parity.build_seeded(restless)
+    keras_tp.parallelize(many, parity.layout_map(RESTLESS, {"model": 2}))
+    many.compile("adam", ["mse", "mse"], metrics=[["mae"], ["mae"]])
+    rows = np.random.default_rng(1)
+    x, a, b = (rows.standard_normal(s).astype("float32") for s in ((4, 5, 8), (4, 6), (4, 2)))
+    many.train_on_batch(x, [a, b])
+    calls = [layer.call for layer in many.layers]
+    grads = [local_tensor(v).grad.clone() for v in many.trainable_variables]
+    before = state(many), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    found = keras_tp.verify(many, (x, [a, b]), training=training)
+    after = state(many), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    assert all(torch.equal(one, two) for one, two in zip(before[0], after[0], strict=True))
+    assert torch.equal(before[1], after[1])
+    assert (before[2] == after[2]).all()
+    assert before[3] == after[3]
+    assert calls == [layer.call for layer in many.layers]
+    for grad, v in zip(grads, many.trainable_variables, strict=True):
+        assert torch.equal(grad, local_tensor(v).grad)
+    return max(c.worst for c in found.layers), found.equal, [c.path for c in found.layers], found
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_as_it_was(ranks: Any, training: bool) -> None:
+    """A check that moves statistics or draws random numbers changes what it looks at. Seen to fail
+    without `restored`."""
+    for worst, equal, paths, found in ranks(2)(nothing_changes, training):
+        assert equal, str(found)
+        assert worst < 1e-6
+        assert paths == ["up", "norm", "lstm", "middle", "a"]
+
+
+def of_a_transformer(size: int, batch: int, dtype: str) -> tuple[str, bool, float]:
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model = parity.build_seeded(models.transformer)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    axes = {"batch": batch, "model": size // batch}
+    layout = {**models.TRANSFORMER_LAYOUT, r"down_\d+/kernel": ("model", "batch")}
+    keras_tp.parallelize(model, parity.layout_map(layout, axes))
+    found = keras_tp.verify(model, models.transformer_data()[0])
+    return str(found), found.equal, found.model.worst
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "dtype", "most"),
+    [(2, 1, "float32", 1e-5), (4, 2, "float32", 1e-5), (2, 1, "mixed_bfloat16", 5e-2)],
+)
+def test_every_rank_gets_the_same_table(
+    ranks: Any, size: int, batch: int, dtype: str, most: float
+) -> None:
+    """A table that one rank prints and another contradicts."""
+    answers = ranks(size)(of_a_transformer, size, batch, dtype)
+    assert len({text for text, _, _ in answers}) == 1
+    text, equal, worst = answers[0]
+    assert equal, text
+    assert 0 < worst < most  # zero would mean that nothing was compared
+    assert "equal to rounding on every rank" in text
+    assert "attention_1/attention_output" in text
+
+
+class OnlyTheFirst(keras.Model):
+    """Has a layer that this batch does not call, and one that it calls twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = layers.Dense(4, name="first"), layers.Dense(4, name="second")
+
+    def build(self, shape: Any) -> None:
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, x: Any, other: bool = False) -> Any:
+        return self.second(x) if other else self.first(self.first(x))
+
+
+def a_weight_changed_on_one_rank() -> tuple[Any, Any]:
+    model = OnlyTheFirst()
+    model(np.zeros((1, 4)))
+    keras_tp.parallelize(model, parity.layout_map({".*/kernel": ("model", None)}, {"model": 2}))
+    x = np.ones((2, 4), "float32")
+    right = keras_tp.verify(model, x)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.first.bias.value.add_(1.0)  # one that is whole
+    return right, keras_tp.verify(model, x)
+
+
+def test_ranks_that_drifted_apart_and_layers_not_called(ranks: Any) -> None:
+    """A replicated weight that one rank changed by itself: Megatron-LM #1446's symptom."""
+    for right, wrong in ranks(2)(a_weight_changed_on_one_rank):
+        assert right.equal
+        assert [c.calls for c in right.layers] == [2]
+        assert right.not_called == ("only_the_first/second",)
+        assert not wrong.equal
+        assert len(wrong.unequal_weights) == 1
+        assert wrong.unequal_weights[0].startswith("only_the_first/first/bias: rank 0 float32 (4,)")
+        assert "not the same on every rank" in str(wrong)
+
+
+def a_layer_alone() -> Any:
+    layer = layers.Dense(6)
+    layer.build((None, 4))
+    keras_tp.parallelize(layer, parity.layout_map({"dense/kernel": (None, "model")}, {"model": 2}))
+    return keras_tp.verify(layer, np.ones((2, 4), "float32"))
+
+
+def test_a_mere_layer(ranks: Any) -> None:
+    """Its call stands behind the check of batches."""
+    for found in ranks(2)(a_layer_alone):
+        assert found.equal
+        assert [c.style for c in found.layers] == ["column"]
+
+
+def test_a_model_that_is_not_parallelized_is_told() -> None:
+    """Equal to itself: true, and no answer to the question."""
+    with pytest.raises(keras_tp.LayoutError, match="is not parallelized"):
+        keras_tp.verify(models.dense_stack(), np.zeros((2, 128)))
