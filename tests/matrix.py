@@ -20,16 +20,17 @@ HEAD = """\
 
 Written by `make layers`; `make test` fails where a word of it is no longer true.
 
-A row is a weight of a layer, a column a mesh. An entry stands for one training: the weight's dims one
-after another, each sharded alone (on `batch=2 x model=2` that dim along `model` and the next along
-`batch`, so that every dim is cut along both; a vector along `batch`). *all* shards every weight of the
-layer at once: on its first dim, on its last, and on mixed ones.
+A row is a weight of a layer, a column a mesh. An entry stands for one training: the weight's dims
+one after another, each sharded alone (on `batch=2 x model=2` that dim along `model` and the next
+along `batch`, so that every dim is cut along both; a vector along `batch`). *all* shards every
+weight of the layer at once: on its first dim, on its last, and on mixed ones.
 
-**Every entry is exact**: outputs, losses, input gradients, the gradient of every weight, every weight
-and every optimizer slot after 3 steps of SGD with momentum equal those of one process to 1e-10 in
-float64, on every rank. The word says how the layer then computes: *column*, *row*, *batched* and
-*vocabulary* on its shards, *gathered* with the whole weight, *replicated* where the mesh cuts nothing.
-*refused* is an error before anything is sharded; its reason stands below the table.
+**Every entry is exact**: outputs, losses, input gradients, the gradient of every weight, every
+weight and every optimizer slot after 3 steps of SGD with momentum equal those of one process to
+1e-10 in float64, on every rank. The word says how the layer then computes: *column*, *row*,
+*batched* and *vocabulary* on its shards, *gathered* with the whole weight, *replicated* where the
+mesh cuts nothing. *refused* is an error before anything is sharded; its reason stands below the
+table.
 """
 
 
