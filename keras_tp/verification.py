@@ -156,11 +156,14 @@ class _Comparison:
         """What was found, on all ranks. Collective."""
         worst = torch.tensor(self.differences, dtype=torch.float64, device=control_device())
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        output, input_gradient, weight_gradient = worst.tolist()
         return LayerCheck(
-            self.owner.path,
-            self.style,
-            self.calls,
-            *worst.tolist(),
+            path=self.owner.path,
+            style=self.style,
+            calls=self.calls,
+            output=output,
+            input_gradient=input_gradient,
+            weight_gradient=weight_gradient,
             tolerance=self.tolerance if tolerance is None else tolerance,
         )
 

@@ -156,7 +156,9 @@ def unseeded_replicas() -> Any:
             layers.Dense(3),
         ]
     )
-    keras_tp.parallelize(model, stack({".*dense_1/kernel": ("model", None)}))
+    axes = {"batch": dist.get_world_size() // 2, "model": 2}
+    layout = {".*dense_1/kernel": ("model", "batch")}
+    keras_tp.parallelize(model, parity.layout_map(layout, axes))
     compiled(model)
     start = keras_tp.full_weights(model)
     x = np.random.default_rng(6).standard_normal((32, 12)).astype("float32")
@@ -164,14 +166,16 @@ def unseeded_replicas() -> Any:
     return start, keras_tp.full_weights(model)
 
 
-def test_replicas_are_bit_equal_without_a_seed(ranks: Any) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_are_bit_equal_without_a_seed(ranks: Any, size: int) -> None:
     """Megatron #1446, Keras nightly: unseeded replicas start different and stay different. Dropout
     masks come from torch's own state where no seed is given, shuffles always do."""
-    (start_0, end_0), (start_1, end_1) = ranks(2)(unseeded_replicas)
-    for path in start_0:
-        assert (start_0[path] == start_1[path]).all(), path
-        assert (end_0[path] == end_1[path]).all(), path
-    assert any((start_0[path] != end_0[path]).any() for path in start_0)
+    (start, end), *others = ranks(size)(unseeded_replicas)
+    for other_start, other_end in others:
+        for path in start:
+            assert (start[path] == other_start[path]).all(), path
+            assert (end[path] == other_end[path]).all(), path
+    assert any((start[path] != end[path]).any() for path in start)
 
 
 def files(folder: str) -> list[float]:
