@@ -7,13 +7,16 @@ PYTHON ?= python3
 RANKS ?= 2
 BIN = .venv/bin
 
-.PHONY: demo test check bench clean FORCE
+.PHONY: demo test test-jax check bench clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+test-jax: .venv/jax
+	$(BIN)/python -m pytest -n 0 -m slow tests/test_jax.py  # -n 0: JAX runs once
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -37,6 +40,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --upgrade "$(TORCH)" "$(KERAS)"
 	touch $@
 
-.venv/run .venv/test .venv/dev .venv/bench: .venv/torch pyproject.toml
+.venv/run .venv/test .venv/jax .venv/dev .venv/bench: .venv/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".$(if $(filter-out run,$(@F)),[$(@F)])"
 	touch $@
