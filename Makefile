@@ -7,7 +7,7 @@ PYTHON ?= python3
 RANKS ?= 2
 BIN = .venv/bin
 
-.PHONY: demo test layers check bench clean FORCE
+.PHONY: demo test test-jax layers check bench clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
@@ -18,6 +18,9 @@ test: .venv/test
 # Writes tests/layers.md, with which the tests compare what they find.
 layers: .venv/test
 	$(BIN)/python -m pytest tests/test_layers.py --write-layers
+
+test-jax: .venv/jax
+	$(BIN)/python -m pytest -n 0 -m slow tests/test_jax.py  # -n 0: JAX runs once
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -41,6 +44,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --upgrade "$(TORCH)" "$(KERAS)"
 	touch $@
 
-.venv/run .venv/test .venv/dev .venv/bench: .venv/torch pyproject.toml
+.venv/run .venv/test .venv/jax .venv/dev .venv/bench: .venv/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".$(if $(filter-out run,$(@F)),[$(@F)])"
 	touch $@

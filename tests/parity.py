@@ -7,15 +7,14 @@ ranks are compared, not the first alone.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
 import torch
-from keras.src.backend.common import dtypes
+from precision import real_float64
 
 import keras_tp
 from keras_tp.seam.variables import ShardedVariable, local_tensor
@@ -27,27 +26,6 @@ from keras_tp.seam.variables import ShardedVariable, local_tensor
 FLOOR = 1e-3
 
 SGD = {"class_name": "SGD", "config": {"learning_rate": 0.05, "momentum": 0.9}}
-
-
-@contextlib.contextmanager
-def real_float64(on: bool = True) -> Iterator[None]:
-    """Makes Keras compute float64 models in float64.
-
-    On torch, `keras.backend.result_type("float64", "float64")` is "float32": matmul,
-    layer norms and attention of a float64 model silently compute in float32, and
-    a difference of 1e-7 could be rounding or a bug. Without that step it is a bug.
-    """
-    if not on:
-        yield
-        return
-    keras.config.set_floatx("float64")
-    before = dtypes.BIT64_TO_BIT32_DTYPE["float64"]
-    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
-    try:
-        yield
-    finally:
-        dtypes.BIT64_TO_BIT32_DTYPE["float64"] = before
-        keras.config.set_floatx("float32")
 
 
 @dataclass
