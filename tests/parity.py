@@ -77,9 +77,15 @@ def difference(one: Any, many: Any) -> float:
     return float(np.abs(one - many).max() / max(np.abs(one).max(), FLOOR))
 
 
-def layout_map(layout: Mapping[str, tuple[Any, ...]], mesh: Any) -> Any:
+# Patterns of variable paths to axes, or what makes the whole map of a Keras mesh.
+Layout = Mapping[str, tuple[Any, ...]] | Callable[[Any], Any]
+
+
+def layout_map(layout: Layout, mesh: Any) -> Any:
     """A LayoutMap over a Keras mesh, or one of axes such as `{"model": 2}`."""
     mesh = keras_tp.device_mesh(mesh) if isinstance(mesh, dict) else mesh
+    if callable(layout):
+        return layout(mesh)
     made = keras.distribution.LayoutMap(mesh)
     for pattern, entry in layout.items():
         made[pattern] = entry
@@ -99,7 +105,7 @@ def build_seeded(build: Callable[[], Any], seed: int = 7) -> Any:
 
 def compare(
     build: Callable[[], Any],
-    layout: Mapping[str, tuple[Any, ...]],
+    layout: Layout,
     mesh: Any,
     data: tuple[Any, Any],
     *,
@@ -108,14 +114,17 @@ def compare(
     steps: int = 3,
     float64: bool = True,
 ) -> Report:
-    """Trains both for `steps` batches and reports. Runs on every rank."""
+    """Trains both for `steps` batches and reports. Runs on every rank.
+
+    `data` is inputs and targets; inputs may be a nest.
+    """
     with real_float64(float64):
         return _compare(build, layout, mesh, data, optimizer, loss, steps)
 
 
 def _compare(
     build: Callable[[], Any],
-    layout: Mapping[str, tuple[Any, ...]],
+    layout: Layout,
     mesh: Any,
     data: tuple[Any, Any],
     optimizer: dict[str, Any] | None,
@@ -133,8 +142,8 @@ def _compare(
     out_one, in_one = _gradients(one, x, y)
     out_many, in_many = _gradients(many, x, y)
     report.output = difference(out_one, out_many)
-    if in_one is not None:
-        report.input_gradient = difference(in_one, in_many)
+    for a, b in zip(in_one, in_many, strict=True):
+        report.input_gradient = max(report.input_gradient, difference(a, b))
     for a, b in zip(one.trainable_variables, many.trainable_variables, strict=True):
         full = local_tensor(a).grad
         assert full is not None, a.path
@@ -160,12 +169,19 @@ def _compare(
     return report
 
 
-def _gradients(model: Any, x: Any, y: Any) -> tuple[Any, Any]:
+def _gradients(model: Any, x: Any, y: Any) -> tuple[Any, list[Any]]:
     model.zero_grad()
-    inputs = torch.tensor(x)
-    if inputs.is_floating_point():
-        inputs = inputs.to(getattr(torch, keras.config.floatx())).requires_grad_()
+    inputs = keras.tree.map_structure(_as_input, x)
     outputs = model(inputs, training=True)
     model._compute_loss(inputs, torch.tensor(y), outputs, None, training=True).backward()
-    grad = None if inputs.grad is None else inputs.grad.numpy()
-    return outputs.detach().numpy(), grad
+    floats = [tensor for tensor in keras.tree.flatten(inputs) if tensor.requires_grad]
+    # An input that the output does not depend on has no gradient.
+    grads = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in floats]
+    return outputs.detach().numpy(), [grad.numpy() for grad in grads]
+
+
+def _as_input(x: Any) -> torch.Tensor:
+    tensor = torch.tensor(x)
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(getattr(torch, keras.config.floatx())).requires_grad_()
