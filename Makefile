@@ -3,11 +3,12 @@
 # another Keras.
 TORCH ?= torch==2.13.0
 KERAS ?= keras
+HUB ?= keras-hub==0.32.0
 PYTHON ?= python3
 RANKS ?= 2
 BIN = .venv/bin
 
-.PHONY: demo test test-jax layers check bench clean FORCE
+.PHONY: demo test test-hub test-jax layers check bench clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
@@ -18,6 +19,9 @@ test: .venv/test
 # Writes tests/layers.md, with which the tests compare what they find.
 layers: .venv/test
 	$(BIN)/python -m pytest tests/test_layers.py --write-layers
+
+test-hub: .venv/hub
+	$(BIN)/python -m pytest -n 0 tests/hub
 
 test-jax: .venv/jax
 	$(BIN)/python -m pytest -n 0 -m slow tests/test_jax.py  # -n 0: JAX runs once
@@ -37,7 +41,7 @@ clean:
 # changes. torch comes before the package, so that nothing pulls in another build.
 .venv/wanted: FORCE
 	@mkdir -p .venv
-	@echo "$(TORCH) $(KERAS)" | cmp -s - $@ || echo "$(TORCH) $(KERAS)" > $@
+	@echo "$(TORCH) $(KERAS) $(HUB)" | cmp -s - $@ || echo "$(TORCH) $(KERAS) $(HUB)" > $@
 
 .venv/torch: .venv/wanted
 	$(PYTHON) -m venv .venv
@@ -46,4 +50,11 @@ clean:
 
 .venv/run .venv/test .venv/jax .venv/dev .venv/bench: .venv/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".$(if $(filter-out run,$(@F)),[$(@F)])"
+	touch $@
+
+# KerasHub asks for TensorFlow, which its models on torch do not use: it comes without what it asks
+# for, and the extra has what it imports. (pip says so whenever it installs something later.)
+.venv/hub: .venv/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[hub]"
+	$(BIN)/python -m pip install --quiet --no-deps "$(HUB)"
 	touch $@

@@ -197,4 +197,4 @@ def _reason(styles: list[StylePlan], plans: list[VariablePlan], why_not: str) ->
         "batched": "input sliced, output gathered: layers do not yet hand shards to each other",
         "gathered": f"gathered on use: {why_not}",
     }
-    return "; ".join(reasons[s.name] for s in styles if s.name in reasons)
+    return "; ".join(dict.fromkeys(reasons[s.name] for s in styles if s.name in reasons))

@@ -58,9 +58,15 @@ def difference(one: Any, many: Any) -> float:
     return float(np.abs(one - many).max() / max(np.abs(one).max(), FLOOR))
 
 
-def layout_map(layout: Mapping[str, tuple[Any, ...]], mesh: Any) -> Any:
+# Patterns of variable paths to axes, or what makes the whole map of a Keras mesh.
+Layout = Mapping[str, tuple[Any, ...]] | Callable[[Any], Any]
+
+
+def layout_map(layout: Layout, mesh: Any) -> Any:
     """A LayoutMap over a Keras mesh, or one of axes such as `{"model": 2}`."""
     mesh = keras_tp.device_mesh(mesh) if isinstance(mesh, dict) else mesh
+    if callable(layout):
+        return layout(mesh)
     made = keras.distribution.LayoutMap(mesh)
     for pattern, entry in layout.items():
         made[pattern] = entry
@@ -94,7 +100,7 @@ class Run:
     """All that a training gives, on one rank; gradients are those of what the rank stores."""
 
     output: Any
-    input_gradient: Any
+    input_gradients: list[Any]
     gradients: list[tuple[Any, torch.Tensor]]
     losses: list[float]
     prediction: Any
@@ -104,7 +110,7 @@ class Run:
 
 def compare(
     build: Callable[[], Any],
-    layout: Mapping[str, tuple[Any, ...]],
+    layout: Layout,
     mesh: Any,
     data: tuple[Any, Any],
     *,
@@ -113,13 +119,16 @@ def compare(
     steps: int = 3,
     float64: bool = True,
 ) -> Report:
-    """Trains both for `steps` batches and reports. Runs on every rank."""
+    """Trains both for `steps` batches and reports. Runs on every rank.
+
+    `data` is inputs and targets; inputs may be a nest.
+    """
     case = Case(build, data, optimizer, loss, steps)
     with real_float64(float64):
         return compare_with(train(build_seeded(build), case), case, layout, mesh)
 
 
-def compare_with(one: Run, case: Case, layout: Mapping[str, tuple[Any, ...]], mesh: Any) -> Report:
+def compare_with(one: Run, case: Case, layout: Layout, mesh: Any) -> Report:
     """Trains the case parallelized and reports how it differs from `one`, the plain run."""
     model = build_seeded(case.build)
     plan = keras_tp.plan(model, layout_map(layout, mesh))
@@ -133,8 +142,8 @@ def compare_with(one: Run, case: Case, layout: Mapping[str, tuple[Any, ...]], me
         ),
         loss=max(map(difference, one.losses, many.losses)),
     )
-    if one.input_gradient is not None:
-        report.input_gradient = difference(one.input_gradient, many.input_gradient)
+    for a, b in zip(one.input_gradients, many.input_gradients, strict=True):
+        report.input_gradient = max(report.input_gradient, difference(a, b))
     for (variable, full), (shard, grad) in zip(one.gradients, many.gradients, strict=True):
         mine = shard._sharding.local(full) if isinstance(shard, ShardedVariable) else full
         assert tuple(grad.shape) == tuple(mine.shape), shard.path
@@ -152,7 +161,7 @@ def train(model: Any, case: Case) -> Run:
     config = case.optimizer or SGD
     model.compile(keras.optimizers.deserialize(config), loss=keras.losses.get(case.loss))
     x, y = case.data
-    output, input_gradient = _gradients(model, x, y)
+    output, input_gradients = _gradients(model, x, y)
     gradients = []
     for v in model.trainable_variables:
         grad = local_tensor(v).grad
@@ -161,7 +170,7 @@ def train(model: Any, case: Case) -> Run:
     losses = [float(model.train_on_batch(x, y)) for _ in range(case.steps)]
     return Run(
         output,
-        input_gradient,
+        input_gradients,
         gradients,
         losses,
         prediction=model.predict_on_batch(x),
@@ -170,12 +179,19 @@ def train(model: Any, case: Case) -> Run:
     )
 
 
-def _gradients(model: Any, x: Any, y: Any) -> tuple[Any, Any]:
+def _gradients(model: Any, x: Any, y: Any) -> tuple[Any, list[Any]]:
     model.zero_grad()
-    inputs = torch.tensor(x)
-    if inputs.is_floating_point():
-        inputs = inputs.to(getattr(torch, keras.config.floatx())).requires_grad_()
+    inputs = keras.tree.map_structure(_as_input, x)
     outputs = model(inputs, training=True)
     model._compute_loss(inputs, torch.tensor(y), outputs, None, training=True).backward()
-    grad = None if inputs.grad is None else inputs.grad.numpy()
-    return outputs.detach().numpy(), grad
+    floats = [tensor for tensor in keras.tree.flatten(inputs) if tensor.requires_grad]
+    # An input that the output does not depend on has no gradient.
+    grads = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in floats]
+    return outputs.detach().numpy(), [grad.numpy() for grad in grads]
+
+
+def _as_input(x: Any) -> torch.Tensor:
+    tensor = torch.tensor(x)
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(getattr(torch, keras.config.floatx())).requires_grad_()

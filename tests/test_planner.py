@@ -244,6 +244,14 @@ def test_bias_sharded_alone_says_why() -> None:
     assert layer.reason == "gathered on use: its kernel is not sharded along that axis"
 
 
+def test_a_reason_is_said_once() -> None:
+    """A layer gathered along two axes gave its reason twice."""
+    model = keras.Sequential([keras.Input((4, 4)), layers.Conv1D(4, 1)])
+    layout = layout_map({".*kernel": (None, "data", "model")}, {"data": 2, "model": 2})
+    (layer,) = [layer for layer in keras_tp.plan(model, layout).layers if layer.styles]
+    assert layer.reason == "gathered on use: no rule computes Conv1D on shards"
+
+
 def test_bytes_are_those_torch_stores() -> None:
     """torch has no uint32: Keras keeps seeds of that type in eight bytes."""
     mesh = plan_of(models.dense_stack(), models.DENSE_LAYOUT).mesh
