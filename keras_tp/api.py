@@ -65,6 +65,12 @@ def parallelize(
     Every rank also takes over the first one's random state (Python, NumPy,
     torch), so that shuffling and dropout agree.
 
+    Random layers (dropout, noise, augmentation) see whole activations only, so
+    their masks are the same bits on every rank. With the same seed a run on any
+    number of ranks repeats itself, and draws the masks of one process, as long
+    as the same layers draw in the same order; unseeded, they are the first
+    rank's. What an own layer draws from a rank's own generator is not followed.
+
     Joins the process group if need be (`keras_tp.initialize`). After a
     LayoutError the model is as it was.
 

@@ -132,6 +132,40 @@ def test_public_names_are_in_the_readme() -> None:
     assert not missing
 
 
+# What others got wrong, each in a test that says so.
+KNOWN_MISTAKES = (
+    "nanotron #172",
+    "DeepSpeed #5411",
+    "TransformerEngine #715",
+    "transformers #48569",
+    "ColossalAI #6108",
+    "torchtitan #4245",
+    "torchtitan #1373",
+    "Megatron-LM #1446",
+    "pytorch #168058",
+    "keras-hub #1613",
+    "keras-hub #2806, #2810",
+    "keras-hub #2827",
+    "keras #19496",
+    "silently wrong for attention",
+    "and grouped attention",
+    "vocabulary-sharded embeddings",
+    "crashes for convolutions",
+    "multiplies count metrics",
+    "refuses arrays in `fit`",
+    "unseeded replicas start different",
+    "takes no notice of `jit_compile`",
+    "takes 56",
+)
+
+
+def test_known_mistakes_have_their_tests() -> None:
+    """One that no test names is one that nobody looked for."""
+    files = [path for path in Path(__file__).parent.glob("*.py") if path.name != "test_guards.py"]
+    text = " ".join(" ".join(path.read_text().split()) for path in files)
+    assert [mistake for mistake in KNOWN_MISTAKES if mistake not in text] == []
+
+
 def test_modules_are_short() -> None:
     """A module that has outgrown this has more than one noun."""
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}

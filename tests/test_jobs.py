@@ -98,6 +98,31 @@ def test_a_rank_that_raises_ends_the_job(tmp_path: Path, kind: str) -> None:
     assert expected[kind] in job.stderr
 
 
+SAVING_ALONE = """
+import datetime, sys, time, keras_tp, keras, torch.distributed as dist
+keras_tp.initialize(timeout=datetime.timedelta(seconds=5))
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="dense")])
+layout_map = keras.distribution.LayoutMap(keras_tp.device_mesh({"model": 2}))
+layout_map[".*dense/kernel"] = (None, "model")
+keras_tp.parallelize(model, layout_map)
+if dist.get_rank() == 0:
+    model.save_weights(sys.argv[1])
+    print("saved")
+time.sleep(60)
+"""
+
+
+def test_saving_on_one_rank_ends_the_job(tmp_path: Path) -> None:
+    """transformers #48569: the first rank waited for ever for the others' shards. Here for as long
+    as `initialize(timeout=...)` says."""
+    script = tmp_path / "script.py"
+    script.write_text(SAVING_ALONE)
+    job = torchrun(str(script), str(tmp_path / "a.weights.h5"), timeout=90)
+    assert job.returncode != 0
+    assert "saved" not in job.stdout
+    assert "timed out" in job.stderr.lower()
+
+
 LEAVING = """
 import atexit, os, weakref, sys
 

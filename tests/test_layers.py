@@ -84,10 +84,11 @@ def measure(name: str, mesh: str) -> list[Cell]:
 def test_every_dim_of_every_weight(
     ranks: Any, name: str, mesh: str, record_property: Any, request: Any
 ) -> None:
-    """Keras nightly is silently wrong for attention sharded on head_dim or the contracted dim,
-    and crashes for convolutions and vocabulary-sharded embeddings; nanotron #172 had a wrong input
-    gradient on all ranks but one. `test_breaks.py` breaks the code in these and other ways and
-    sees these comparisons fail."""
+    """Keras nightly is silently wrong for attention sharded on head_dim or the contracted dim
+    (which KerasHub's maps do: keras-hub #2827), and crashes for convolutions, vocabulary-sharded
+    embeddings and grouped attention; keras-hub #1613 is one KV head on two ranks; nanotron #172
+    had a wrong input gradient on all ranks but one. `test_breaks.py` breaks the code in these and
+    other ways and sees these comparisons fail."""
     size = 2 if mesh == "model=2" else 4
     answers = ranks(size)(measure, name, mesh, timeout=300.0)
     for cells in answers:

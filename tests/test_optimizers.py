@@ -32,7 +32,8 @@ def test_optimizers_that_read_whole_tensors_are_refused(cls: type) -> None:
 
 @pytest.mark.parametrize("option", ["clipnorm", "global_clipnorm"])
 def test_clipping_by_norm_is_refused(option: str) -> None:
-    """DeepSpeed #5411: a rank that clips by the norm of its shards clips by the wrong norm."""
+    """DeepSpeed #5411, TransformerEngine #715: a rank that clips by the norm of its shards clips
+    by the wrong norm."""
     assert option in optimizer_problems(keras.optimizers.SGD(0.1, **{option: 1.0}))[0]
     assert optimizer_problems(keras.optimizers.SGD(0.1, clipvalue=1.0)) == []
 

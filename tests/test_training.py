@@ -105,7 +105,8 @@ def keras_methods() -> list[float]:
         keras_tp.parallelize(many, stack())
         results = []
         for model in (one, many):
-            compiled(model, metrics=["mae"], weighted_metrics=["mse"])
+            counts = keras.metrics.FalsePositives(thresholds=0.0, name="counted")
+            compiled(model, metrics=["mae", counts], weighted_metrics=["mse"])
             keras.utils.set_random_seed(11)  # the same shuffles in both runs
             history = model.fit(
                 x,
@@ -134,7 +135,8 @@ def keras_methods() -> list[float]:
 
 
 def test_keras_methods_give_the_one_process_results(ranks: Any) -> None:
-    """Ragged batches, shuffles, weights and metrics see whole batches on every rank."""
+    """Ragged batches, shuffles, weights and metrics see whole batches on every rank. Keras nightly
+    multiplies count metrics by the number of replicas, and refuses arrays in `fit`."""
     for gaps in ranks(2)(keras_methods):
         assert len(gaps) > 10
         assert max(gaps) < 1e-10
@@ -168,8 +170,8 @@ def unseeded_replicas() -> Any:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_replicas_are_bit_equal_without_a_seed(ranks: Any, size: int) -> None:
-    """Megatron #1446, Keras nightly: unseeded replicas start different and stay different. Dropout
-    masks come from torch's own state where no seed is given, shuffles always do."""
+    """Megatron-LM #1446, Keras nightly: unseeded replicas start different and stay different.
+    Dropout masks come from torch's own state where no seed is given, shuffles always do."""
     (start, end), *others = ranks(size)(unseeded_replicas)
     for other_start, other_end in others:
         for path in start:
@@ -206,7 +208,8 @@ def files(folder: str) -> list[float]:
 
 
 def test_weights_load_before_and_after_and_save_in_full(ranks: Any, tmp_path: Path) -> None:
-    """ColossalAI #6108: the saved embedding held an eighth of the vocabulary."""
+    """ColossalAI #6108: the saved embedding held an eighth of the vocabulary. transformers #48569:
+    training went on from another optimizer state, without a word."""
     for gaps in ranks(2)(files, str(tmp_path)):
         assert max(gaps) == 0.0
 
@@ -695,6 +698,7 @@ def compiled_steps() -> float:
 
 
 def test_compiled_steps_are_exact(ranks: Any) -> None:
-    """A second compilation of an all-gather that went as bytes failed."""
+    """Keras nightly takes no notice of `jit_compile`. Here, a second compilation of an all-gather
+    that went as bytes failed."""
     for worst in ranks(2)(compiled_steps, timeout=300):
         assert worst < 1e-5

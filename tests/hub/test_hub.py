@@ -2,7 +2,8 @@
 
 `make test-hub` runs this; the other tests neither need KerasHub nor know of it.
 
-The maps are used as they come. With `_Copy.backward` in keras_tp/collectives.py not reducing, every
+The maps are used as they come, the contracted dims of attention that they cut included (keras-hub
+#2827). With `_Copy.backward` in keras_tp/collectives.py not reducing, every
 test of numbers fails.
 """
 
