@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -41,11 +42,12 @@ def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
     variables = variables_of(owners)
     paths = [v.path for v in variables]
     claims = match_paths(list(layout_map), paths)
-    unused = [unused_pattern(pattern, paths, owners) for pattern in claims.unused]
+    outputs = match_paths(claims.unused, [f"{owner.path}/output" for owner in owners])
+    unused = [unused_pattern(pattern, paths) for pattern in outputs.unused]
     plans = [_plan_variable(v, claims.pattern_of.get(v.path), layout_map, mesh) for v in variables]
     index = {id(v): i for i, v in enumerate(variables)}
-    problems = [*claims.problems, *(unused if strict else ())]
-    problems += wrong_layouts(plans, layout_map, mesh) or [
+    problems = [*claims.problems, *outputs.problems, *(unused if strict else ())]
+    problems += wrong_layouts(plans, outputs.pattern_of, layout_map, mesh) or [
         *unshardable_weights(owners, plans, index),
         *captured_weights(model, variables, plans),
     ]
@@ -54,7 +56,14 @@ def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
     for sentence in unused:
         warnings.warn(sentence, LayoutWarning, stacklevel=3)
     layers = _plan_layers(owners, plans, index, mesh)
+    layers = [_keep_output(layer, outputs.pattern_of, layout_map, mesh) for layer in layers]
     notes = [*unused, *_idle_axes(plans, mesh), *_full_reads(variables, plans)]
+    notes += [
+        f"the output of '{layer.path}' reaches other layers whole, and is kept for the backward "
+        f"pass as a shard {layer.keeps}."
+        for layer in layers
+        if layer.keeps
+    ]
     return Plan(mesh, tuple(plans), tuple(layers), tuple(notes))
 
 
@@ -164,6 +173,18 @@ def _plan_layer(
         backward=tuple(backward),
         reason=_reason(styles, [plans[i] for i in own], why_not),
     )
+
+
+def _keep_output(
+    layer: LayerPlan, pattern_of: dict[str, str], layout_map: Any, mesh: MeshShape
+) -> LayerPlan:
+    pattern = pattern_of.get(f"{layer.path}/output")
+    layout = tuple(layout_map[pattern].axes) if pattern else ()
+    cut = [axis for axis in layout if axis is not None and mesh.axis_size(axis) > 1]
+    if not cut:
+        return layer
+    gathers = [Collective("all_gather", axis, "kept output") for axis in cut]
+    return replace(layer, keeps=layout, backward=(*layer.backward, *gathers))
 
 
 def _names(owner: Owner, index: dict[int, int], computation: Computation | None) -> dict[str, int]:

@@ -158,6 +158,8 @@ class LayerPlan:
             the layer that steps it.
         backward: collectives of each backward call, given that the layer's
             input needs a gradient.
+        keeps: layout of the layer's output between the forward and the backward
+            pass, if the layout map has one that cuts it; else empty.
         reason: why the row is not better, in words; empty when it is best.
     """
 
@@ -169,6 +171,7 @@ class LayerPlan:
     gathers: tuple[int, ...] = ()
     forward: tuple[Collective, ...] = ()
     backward: tuple[Collective, ...] = ()
+    keeps: Layout = ()
     reason: str = ""
 
     @property

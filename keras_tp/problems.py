@@ -8,7 +8,7 @@ import keras
 
 from keras_tp.errors import LayoutError
 from keras_tp.layouts import MeshShape, layout_problems
-from keras_tp.patterns import match_paths, nearest
+from keras_tp.patterns import nearest
 from keras_tp.plans import Plan, VariablePlan
 from keras_tp.seam.layers import (
     Owner,
@@ -70,25 +70,29 @@ def unbuilt_layers(model: Any, owners: list[Owner]) -> list[str]:
     ]
 
 
-def unused_pattern(pattern: str, paths: list[str], owners: list[Owner]) -> str:
-    """What a pattern that claims no variable may have meant."""
-    outputs = [f"{owner.path}/output" for owner in owners]
-    named = list(match_paths([pattern], outputs).pattern_of)
-    if named:
-        return (
-            f"pattern {pattern!r} names the output of layer '{named[0].removesuffix('/output')}': "
-            "layouts of activations are not applied. The numbers are the same without."
-        )
+def unused_pattern(pattern: str, paths: list[str]) -> str:
+    """What a pattern that claims no variable and no output may have meant."""
     near = ", ".join(map(repr, nearest(pattern, paths)))
     return f"pattern {pattern!r} matches no variable." + (f" Nearest: {near}." if near else "")
 
 
-def wrong_layouts(plans: list[VariablePlan], layout_map: Any, mesh: MeshShape) -> list[str]:
-    """Layouts that do not fit their variable or the mesh."""
+def wrong_layouts(
+    plans: list[VariablePlan], outputs: dict[str, str], layout_map: Any, mesh: MeshShape
+) -> list[str]:
+    """Layouts that do not fit their variable, their output or the mesh.
+
+    `outputs` is the pattern of each layer output that one claims. How many dims
+    an output has is known when the layer is called.
+    """
+    claimed = [(v.pattern, v.path, v.shape, v.layout) for v in plans]
+    for path, pattern in outputs.items():
+        layout = tuple(layout_map[pattern].axes)
+        claimed.append((pattern, path, (0,) * len(layout), layout))
     problems = [
-        f"pattern {v.pattern!r} gives {v.path!r} {v.shape} a layout {v.layout} {problem}."
-        for v in plans
-        for problem in layout_problems(v.layout, v.shape, mesh)
+        f"pattern {pattern!r} gives {path!r}{f' {shape}' if path not in outputs else ''} a layout "
+        f"{layout} {problem}."
+        for pattern, path, shape, layout in claimed
+        for problem in layout_problems(layout, shape, mesh)
     ]
     for pattern, layout in layout_map.items():
         if layout.device_mesh is not None:

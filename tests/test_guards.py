@@ -35,6 +35,7 @@ DECIDE = {
 }
 SEAM = {"seam.__init__", "seam.layers", "seam.variables", "seam.optimizers", "seam.weights"}
 ACT = {
+    "activations",
     "agreement",
     "calls",
     "collectives",

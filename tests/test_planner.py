@@ -125,10 +125,21 @@ def test_unused_patterns_warn_or_err() -> None:
     assert "matches no variable. Nearest: 'sequential/dense_" in problem
 
 
-def test_layer_outputs_are_named_as_what_they_are() -> None:
-    """A pattern of an activation is legal in Keras and no misspelling."""
-    with pytest.warns(keras_tp.LayoutWarning, match="names the output of layer 'sequential/dense'"):
-        plan_of(models.dense_stack(), {"sequential/dense/output": ("batch", "model")})
+def test_layouts_of_layer_outputs_are_planned() -> None:
+    """A pattern of an activation is legal in Keras and no misspelling; a wrong one is an error."""
+    model = models.dense_stack()
+    plan = plan_of(model, {".*/dense/output": (None, "model")})
+    (layer,) = [layer for layer in plan.layers if layer.keeps]
+    assert (layer.kind, layer.keeps) == ("Dense", (None, "model"))
+    assert [str(c) for c in layer.backward] == ["all_gather kept output"]
+    assert any("is kept for the backward pass as a shard (None, 'model')" in n for n in plan.notes)
+    uncut = plan_of(model, {".*/dense/output": ("batch", None)})
+    assert not any(layer.keeps for layer in uncut.layers)
+    (twice,) = problems_of(model, {".*/dense/output": ("model", "model")})
+    assert "/dense/output' a layout ('model', 'model') that uses axis" in twice
+    two = {".*/dense/output": (None, "model"), ".*/dense/out.*": (None, "model")}
+    (ambiguous,) = problems_of(model, two)
+    assert "/dense/output' is matched by 2 patterns" in ambiguous
 
 
 class Lazy(keras.Model):
