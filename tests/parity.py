@@ -102,7 +102,7 @@ class Run:
     output: Any
     input_gradients: list[Any]
     gradients: list[tuple[Any, torch.Tensor]]
-    losses: list[float]
+    losses: list[Any]
     prediction: Any
     weights: dict[str, Any]
     slots: list[tuple[str, Any]]
@@ -167,7 +167,7 @@ def train(model: Any, case: Case) -> Run:
         grad = local_tensor(v).grad
         assert grad is not None, v.path
         gradients.append((v, grad.clone()))
-    losses = [float(model.train_on_batch(x, y)) for _ in range(case.steps)]
+    losses = [model.train_on_batch(x, y) for _ in range(case.steps)]  # of CausalLM, with a metric
     return Run(
         output,
         input_gradients,
