@@ -202,6 +202,26 @@ def test_generated_text(ranks: Any, name: str) -> None:
         assert (one != data(name)[0]["token_ids"]).any()
 
 
+def verified(name: str, size: int) -> Any:
+    model = parity.build_seeded(lambda: build(name))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        ignore_unused_patterns()
+        layout_map = CASES[name][0].get_layout_map(keras_tp.device_mesh(MESHES[size]))
+        keras_tp.parallelize(model, layout_map)
+    return keras_tp.verify(model, data(name))
+
+
+@pytest.mark.parametrize("name", ["llama one kv head", "gemma tied", "qwen moe untied"])
+def test_verification(ranks: Any, name: str) -> None:
+    """What users reach for first must not cry wolf: layers in layers, masks, caches, experts."""
+    first, *others = ranks(4)(verified, name, 4)
+    assert first.equal, str(first)
+    assert all(other == first for other in others)
+    assert len(first.layers) > 10
+    assert first.not_called == ()
+
+
 def loaded() -> tuple[bool, bool]:
     return "keras_hub" in sys.modules, "tensorflow" in sys.modules
 
