@@ -110,25 +110,29 @@ def verify(
 ) -> Verification:
     """Checks a parallelized model against itself on gathered weights, layer by layer.
 
-    Every layer that computes with sharded weights is called twice with what it
-    gets from your batch, once as planned and once whole, as plain Keras would,
-    and then the whole model is. Outputs, gradients of inputs and gradients of
+    Every layer that computes with sharded weights is called with what it gets
+    from your batch, once as planned and once whole, as plain Keras would, and
+    then the whole model is. Outputs, gradients of inputs and gradients of
     weights are compared on every rank; so are the weights that ranks should
     hold alike. As each layer gets the same inputs twice, a difference in one is
     not inherited by the next: the first row that differs is where it begins.
 
-    Collective, and takes the memory of one layer's full weights at a time, in
-    the end of all. It changes nothing: weights, gradients, statistics and random
-    states stay as they are.
+    What rounding may make is measured: the whole computation is repeated on
+    inputs and weights that are nudged by one unit of rounding of the dtype.
+
+    Collective; every sharded layer is called about seven times, and the memory
+    is that of a layer's full weights, in the end of all. It changes nothing:
+    weights, gradients, statistics, losses and random states stay as they are
+    (but for what Python code of yours remembers of a call).
 
     Args:
         model: a model that `keras_tp.parallelize` was given.
-        batch: inputs as for `fit`, alone or in a tuple (x, y) of which x is
-            used; the same on every rank.
+        batch: the model's inputs, or a tuple (x, y, ...) of which x is used; the
+            same on every rank, which is checked.
         training: how to call the model.
-        tolerance: largest difference, relative to the largest value, that counts
-            as equal; by default what rounding may make in the dtype a layer
-            computes in: 1e-10 (float64), 1e-5 (float32), 5e-2 (bfloat16).
+        tolerance: largest difference that counts as equal, by default 16 units
+            of rounding of the dtype that a layer computes in: 2e-6 for float32,
+            0.13 for bfloat16. (Keras on torch computes float64 in float32.)
 
     Returns:
         What was found, the same on every rank; `print` it for a table.

@@ -15,12 +15,15 @@ class LayerCheck:
         path: the layer's path.
         style: how it computes, e.g. `"column"`.
         calls: how often the batch called it; the differences are the largest of all.
-        output: largest difference of its outputs on any rank, relative to the
-            largest value.
+        output: largest difference of its outputs, and of losses it adds, on any
+            rank, relative to the largest value of each and to how much rounding
+            is multiplied there (`keras_tp.rounding`).
         input_gradient: likewise of the gradients of its inputs, given the same
             random gradients of its outputs; 0 where no input has one.
         weight_gradient: likewise of the gradients of its weights, of which each
             rank compares its shard.
+        finite: whether all numbers were; infinities and NaN in the same places
+            count as equal.
         tolerance: what rounding may make, by the dtype that the layer computes in.
     """
 
@@ -30,6 +33,7 @@ class LayerCheck:
     output: float
     input_gradient: float
     weight_gradient: float
+    finite: bool
     tolerance: float
 
     @property
@@ -80,6 +84,7 @@ class Verification:
         first = self.first_difference
         for check in (*self.layers, self.model):
             mark = "equal" if check.equal else "DIFFERENT"
+            mark += "" if check.finite else ", with inf or nan"
             table.add_row(
                 check.path,
                 check.style,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -63,3 +65,32 @@ class Shards:
         """
         full = broadcast(full)
         return self.local(full) if self.cuts else full
+
+    def position(self, rank: int) -> tuple[int, ...]:
+        """Which shard `rank` stores: its index along each axis that cuts."""
+        where = dict(zip(self.mesh.axes, self.mesh.coordinates(rank), strict=True))
+        return tuple(where[axis.name] for axis, _ in self.cuts)
+
+    def assembled(self, local: torch.Tensor) -> torch.Tensor:
+        """The full value, put together from what every rank of the job stores.
+
+        Collective. For checks: it goes by the mesh's coordinates alone, and by
+        none of what `full` goes by, whose mistakes it is to find.
+        """
+        sizes, bounds = [], []
+        for rank in range(self.mesh.size):
+            cut = [(0, size) for size in self.shape]
+            for (axis, dim), index in zip(self.cuts, self.position(rank), strict=True):
+                cut[dim] = chunk_bounds(self.shape[dim], axis.size, index)
+            bounds.append(cut)
+            sizes.append(math.prod(count for _, count in cut) * local.itemsize)
+        mine = local.new_zeros(max(sizes), dtype=torch.uint8)
+        stored = local.contiguous().reshape(-1).view(torch.uint8)
+        mine[: stored.numel()] = stored
+        parts = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(parts, mine)
+        full = local.new_empty(self.shape)
+        for part, cut, size in zip(parts, bounds, sizes, strict=True):
+            place = full[tuple(slice(start, start + count) for start, count in cut)]
+            place.copy_(part[:size].view(local.dtype).reshape(place.shape))
+        return full

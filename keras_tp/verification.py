@@ -11,28 +11,18 @@ import keras
 import torch
 import torch.distributed as dist
 
-from keras_tp.agreement import AgreedInputs, every_ranks, fingerprint
+from keras_tp.agreement import AgreedInputs, fingerprint
 from keras_tp.calls import GatheredCall, ShardCall
 from keras_tp.checks import LayerCheck, Verification
 from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
+from keras_tp.rounding import UNITS, Nudge, difference, unit_of
 from keras_tp.seam.layers import Owner, parallelized_part, variables_of, walk_layers
-from keras_tp.seam.variables import (
-    full_numpy,
-    gathered_instead,
-    is_symbolic,
-    local_tensor,
-    restored,
-    shard_of,
-)
+from keras_tp.seam.trials import gathered_instead, leaf_of, position_of, restored, shard_of
+from keras_tp.seam.variables import is_symbolic, local_tensor
 
-# Differences that rounding makes: sums of shards add up in another order.
-TOLERANCES = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 5e-2,
-}
+# How often what is gathered is computed again on nudged numbers, to see what rounding makes.
+NUDGES = 2
 
 
 def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None) -> Verification:
@@ -43,15 +33,15 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
             "first.",
             where=f"model '{model.name}'",
         )
-    owners = walk_layers(model)
-    unequal = _unequal_weights(owners)
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
     inputs = keras.tree.map_structure(
-        lambda leaf: keras.ops.convert_to_tensor(leaf) if hasattr(leaf, "shape") else leaf, x
+        lambda leaf: keras.ops.convert_to_tensor(leaf) if hasattr(leaf, "shape") else leaf,
+        batch[0] if isinstance(batch, tuple) else batch,
     )
+    owners = walk_layers(model)
     mode = _Mode()
     calls = [_CheckedCall(o, mode) for o in owners if isinstance(_planned(o), _Planned)]
-    with restored(variables_of(owners)), _in_place(calls):
+    with restored(owners), _batches_compared(model), _in_place(calls):
+        unequal = _unequal_weights(owners)
         with torch.no_grad():
             model(inputs, training=training)
         whole = _Comparison(Owner(model, model.path or model.name, ()), "whole model", mode)
@@ -70,7 +60,7 @@ class _Mode:
 
     Attributes:
         now: `"checking"`, each call being compared before it is made, or within
-            a comparison `"shards"` and then `"gathered"`, the layers below included.
+            a comparison `"shards"` or `"gathered"`, the layers below included.
         compared: number of comparisons so far.
     """
 
@@ -86,6 +76,19 @@ class _Mode:
             self.now = before
 
 
+class _Results:
+    """What one call gave.
+
+    Attributes:
+        outputs: all tensors, and the losses of the layer and what is below it.
+        inputs: the gradient of each float input.
+        weights: the gradient of each weight that is trained.
+    """
+
+    def __init__(self, outputs: list[Any], inputs: Sequence[Any], weights: Sequence[Any]):
+        self.outputs, self.inputs, self.weights = outputs, list(inputs), list(weights)
+
+
 class _Comparison:
     """One layer's differences so far."""
 
@@ -96,67 +99,89 @@ class _Comparison:
         self.order = math.inf
         self.calls = 0
         self.differences = [0.0, 0.0, 0.0]
-        self.tolerance = 0.0
+        self.finite = True
+        self.owners = walk_layers(owner.layer)
+        self.variables = variables_of(self.owners)
+        self.unit = unit_of([o.layer.compute_dtype for o in self.owners])
 
     def compare(self, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Makes `call` on shards and on gathered weights, from the same state. Collective."""
         self.mode.compared += 1
         self.order = min(self.order, self.mode.compared)
         self.calls += 1
-        variables = variables_of(walk_layers(self.owner.layer))
-        trained = [local_tensor(v).requires_grad for v in variables]
 
-        def run(mode: str, sources: Sequence[torch.Tensor]) -> Any:
-            weights = [w for w, is_trained in zip(sources, trained, strict=True) if is_trained]
-            with self.mode.be(mode), restored(variables), torch.enable_grad():
-                return self._run(call, args, kwargs, weights)
+        def gathered(nudge: Nudge) -> _Results:
+            with gathered_instead(self.variables, nudge) as sources, self.mode.be("gathered"):
+                return self._run(call, args, kwargs, sources, nudge)
 
-        outputs, inputs, weights = run("shards", [local_tensor(v) for v in variables])
-        with gathered_instead(variables) as sources:
-            full_outputs, full_inputs, full_weights = run("gathered", sources)
-        of_weights = [v for v, is_trained in zip(variables, trained, strict=True) if is_trained]
-        mine = [
+        still = Nudge(0.0, seed=0)
+        wanted = gathered(still)
+        nudged = [gathered(Nudge(self.unit, seed)) for seed in range(NUDGES)]
+        with self.mode.be("shards"):
+            found = self._run(call, args, kwargs, [local_tensor(v) for v in self.variables], still)
+            with restored(self.owners), torch.no_grad():
+                without_gradients = self._outputs(call(*args, **kwargs))
+        trained = [v for v in self.variables if local_tensor(v).requires_grad]
+        shards = [
             None if grad is None else shard_of(v, grad)
-            for v, grad in zip(of_weights, full_weights, strict=True)
+            for v, grad in zip(trained, wanted.weights, strict=True)
         ]
-        found = [
-            _difference(full_outputs, outputs, full_outputs),
-            _difference(full_inputs, inputs, full_inputs),
-            _difference(mine, weights, full_weights),
-        ]
-        self.differences = [max(a, b) for a, b in zip(self.differences, found, strict=True)]
-        coarsest = [TOLERANCES.get(o.dtype, 0.0) for o in full_outputs]
-        self.tolerance = max([self.tolerance, *coarsest])
+        outputs, again = wanted.outputs, [r.outputs for r in nudged]
+        self._note(0, outputs, found.outputs, outputs, again)
+        self._note(0, outputs, without_gradients, outputs, again)
+        self._note(1, wanted.inputs, found.inputs, wanted.inputs, [r.inputs for r in nudged])
+        self._note(2, shards, found.weights, wanted.weights, [r.weights for r in nudged])
+
+    def _note(
+        self, kind: int, wanted: list[Any], found: list[Any], whole: list[Any], nudged: list[Any]
+    ) -> None:
+        if len({len(wanted), len(found), *map(len, nudged)}) > 1:
+            self.differences[kind] = math.inf
+            return
+        for one, other, full, *again in zip(wanted, found, whole, *nudged, strict=True):
+            gap, finite = difference(one, other, full, again, self.unit)
+            self.differences[kind] = max(self.differences[kind], gap)
+            self.finite = self.finite and finite
 
     def _run(
-        self, call: Callable[..., Any], args: Any, kwargs: Any, weights: list[torch.Tensor]
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """Outputs, gradients of the inputs, gradients of the weights."""
-        leaves = []
+        self, call: Callable[..., Any], args: Any, kwargs: Any, sources: Any, nudge: Nudge
+    ) -> _Results:
+        leaves: list[torch.Tensor] = []
 
         def fresh(leaf: Any) -> Any:
-            if not _is_float(leaf):
+            if not (isinstance(leaf, torch.Tensor) and leaf.is_floating_point()):
                 return leaf
-            leaves.append(leaf.detach().requires_grad_())
+            leaves.append(leaf_of(leaf, nudge(leaf.detach())))
             return leaves[-1]
 
-        args, kwargs = keras.tree.map_structure(fresh, (args, kwargs))
-        outputs = [o for o in keras.tree.flatten(call(*args, **kwargs)) if _is_float(o)]
-        if isinstance(self.owner.layer, keras.Model):
-            outputs += self.owner.layer.losses  # penalties look at weights as well
-        ends = [o for o in outputs if o.requires_grad]
-        wanted = [*leaves, *weights]
-        grads: Any = [None] * len(wanted)
-        if ends and wanted:
-            grads = torch.autograd.grad(ends, wanted, _random_like(ends), allow_unused=True)
+        with restored(self.owners), torch.enable_grad():
+            args, kwargs = keras.tree.map_structure(fresh, (args, kwargs))
+            outputs = self._outputs(call(*args, **kwargs))
+            ends = [o for o in outputs if o.requires_grad]
+            weights = [
+                source
+                for source, v in zip(sources, self.variables, strict=True)
+                if local_tensor(v).requires_grad
+            ]
+            grads: Any = [None] * (len(leaves) + len(weights))
+            if ends and grads:
+                grads = torch.autograd.grad(
+                    ends, [*leaves, *weights], _random_like(ends), allow_unused=True
+                )
         outputs = [o.detach() for o in outputs]
-        return outputs, list(grads[: len(leaves)]), list(grads[len(leaves) :])
+        return _Results(outputs, grads[: len(leaves)], grads[len(leaves) :])
+
+    def _outputs(self, outputs: Any) -> list[torch.Tensor]:
+        # Penalties look at weights as well.
+        tensors = [*keras.tree.flatten(outputs), *self.owner.layer.losses]
+        return [t for t in tensors if isinstance(t, torch.Tensor)]
 
     def result(self, tolerance: float | None) -> LayerCheck:
         """What was found, on all ranks. Collective."""
-        worst = torch.tensor(self.differences, dtype=torch.float64, device=control_device())
+        found = [*self.differences, float(not self.finite)]
+        worst = torch.tensor(found, dtype=torch.float64, device=control_device())
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        output, input_gradient, weight_gradient = worst.tolist()
+        output, input_gradient, weight_gradient, not_finite = worst.tolist()
         return LayerCheck(
             path=self.owner.path,
             style=self.style,
@@ -164,7 +189,8 @@ class _Comparison:
             output=output,
             input_gradient=input_gradient,
             weight_gradient=weight_gradient,
-            tolerance=self.tolerance if tolerance is None else tolerance,
+            finite=not not_finite,
+            tolerance=UNITS * self.unit if tolerance is None else tolerance,
         )
 
 
@@ -213,45 +239,37 @@ def _in_place(calls: list[_CheckedCall]) -> Iterator[None]:
             put(checked, checked.planned)
 
 
+@contextlib.contextmanager
+def _batches_compared(model: Any) -> Iterator[None]:
+    """Has the ranks compare the next batch, and count on afterwards as if there had been none."""
+    batches = model.call.batches if isinstance(model.call, AgreedInputs) else None
+    seen = batches.seen if batches else 0
+    if batches:
+        batches.seen = 0
+    try:
+        yield
+    finally:
+        if batches:
+            batches.seen = seen
+
+
 def _unequal_weights(owners: list[Owner]) -> list[str]:
-    # Full values, so that shards which several ranks hold are compared as well.
+    """Variables of which ranks that should store the same do not, in words. Collective."""
     variables = variables_of(owners)
-    everywhere = every_ranks([fingerprint(full_numpy(v)) for v in variables])
-    if everywhere is None:
-        return []
-    return [
-        f"{v.path}: {', '.join(f'rank {rank} {line}' for rank, line in enumerate(lines))}"
-        for v, lines in zip(variables, zip(*everywhere, strict=True), strict=True)
-        if len(set(lines)) > 1
-    ]
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    everywhere: Any = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, [fingerprint(local_tensor(v)) for v in variables])
+    unequal = []
+    for i, variable in enumerate(variables):
+        stored: dict[tuple[int, ...], set[str]] = {}
+        for rank, prints in enumerate(everywhere):
+            stored.setdefault(position_of(variable, rank), set()).add(prints[i])
+        if any(len(different) > 1 for different in stored.values()):
+            each = ", ".join(f"rank {rank} {prints[i]}" for rank, prints in enumerate(everywhere))
+            unequal.append(f"{variable.path}: {each}")
+    return unequal
 
 
 def _random_like(ends: list[torch.Tensor]) -> list[torch.Tensor]:
     # Of a generator of its own, so that the user's numbers go on as they would.
     random = torch.Generator().manual_seed(0)
     return [torch.randn(end.shape, generator=random, dtype=torch.float64).to(end) for end in ends]
-
-
-def _difference(wanted: list[Any], found: list[Any], scale: list[Any]) -> float:
-    """Largest difference relative to the largest value of `scale`; inf if not comparable."""
-    if len(wanted) != len(found):
-        return math.inf
-    worst = 0.0
-    for a, b in zip(wanted, found, strict=True):
-        if a is None or b is None:
-            # What is not used has no gradient, or one of zeros.
-            worst = max(worst, *(_largest(t) for t in (a, b) if t is not None), 0.0)
-        elif a.shape != b.shape:
-            return math.inf
-        else:
-            worst = max(worst, _largest(a - b))
-    return worst / (max((_largest(t) for t in scale if t is not None), default=0.0) or 1.0)
-
-
-def _largest(t: torch.Tensor) -> float:
-    value = float(t.abs().max()) if t.numel() else 0.0
-    return value if math.isfinite(value) else math.inf

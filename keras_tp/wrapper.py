@@ -16,6 +16,7 @@ from keras_tp.plans import Plan
 from keras_tp.rules import computation_of
 from keras_tp.seam.layers import (
     Owner,
+    announce_quantize,
     hook_layers,
     mark_parallelized,
     observe_loss,
@@ -23,7 +24,12 @@ from keras_tp.seam.layers import (
     walk_layers,
 )
 from keras_tp.seam.optimizers import hook_optimizers
-from keras_tp.seam.variables import local_tensor, replicate_variable, shard_variable
+from keras_tp.seam.variables import (
+    ShardedVariable,
+    local_tensor,
+    replicate_variable,
+    shard_variable,
+)
 from keras_tp.shards import Shards
 from keras_tp.styles import GatheredOnUse, make_style
 from keras_tp.training import adopt_optimizer, share_random_state
@@ -61,6 +67,9 @@ def apply_plan(model: Any, plan: Plan) -> Any:
             held = [variables[i] for i in decided_layer.gathers]
             axis = decided_layer.styles[0].axis
             parallelize_module(owner.layer, mesh[axis], GatheredOnUse(held))
+    for owner in owners:
+        if any(isinstance(v, ShardedVariable) for v in owner.variables):
+            announce_quantize(owner.layer)
     if any(layer.keeps for layer in plan.layers):
         kept = KeptOutputs(model, plan.mesh)
         for owner, decided_layer in zip(owners, plan.layers, strict=True):

@@ -20,7 +20,7 @@ from keras.src import backend
 import keras_tp.collectives
 import keras_tp.styles
 from keras_tp import layouts
-from keras_tp.calls import ContractionCall, LookupCall
+from keras_tp.calls import ContractionCall, GatheredCall, LookupCall
 from keras_tp.collectives import Axis
 from keras_tp.seam import optimizers, variables
 from keras_tp.seam.variables import ShardedVariable
@@ -118,6 +118,31 @@ def ranks_in_the_groups_order() -> Any:
         return Axis(axis.name, axis.group_name, tuple(range(axis.size)), axis.rank)
 
     return mock.patch.object(Axis, "of", of)
+
+
+gathered_in_the_groups_order = ranks_in_the_groups_order
+
+
+def bias_gradient_halved() -> Any:
+    """A gradient that is small beside that of the kernel."""
+    right = ContractionCall.read
+
+    def read(self: Any, name: str) -> Any:
+        value = right(self, name)
+        return value.detach() / 2 + value / 2 if name == "bias" else value
+
+    return mock.patch.object(ContractionCall, "read", read)
+
+
+def stale_without_gradients() -> Any:
+    """What was gathered in one prediction, kept for the next."""
+    right = GatheredCall.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = right(self, *args, **kwargs)
+        return y if torch.is_grad_enabled() else y * 1.5
+
+    return mock.patch.object(GatheredCall, "__call__", call)
 
 
 def replicas_that_start_different() -> Any:

@@ -54,17 +54,15 @@ class Cell:
 
 
 def rows_of(cells: Iterable[Cell]) -> list[list[str]]:
-    """For each weight its entries in the order of its dims, and reasons for refusals."""
-    rows: dict[str, list[str]] = {}
-    reasons: dict[str, list[str]] = {}
+    """For each weight: its path, its entries in the order of its dims, why it is refused."""
+    entries: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     for cell in cells:
-        rows.setdefault(cell.weight, []).append(cell.outcome)
-        if cell.reason:
-            reasons.setdefault(cell.weight, []).append(" ".join(cell.reason.split()))
-    return [
-        [weight, " · ".join(outcomes), " / ".join(dict.fromkeys(reasons.get(weight, [])))]
-        for weight, outcomes in rows.items()
-    ]
+        entries.setdefault(cell.weight, []).append(cell.outcome)
+        if cell.weight != "all":  # whose reasons are those of its weights
+            text = re.sub(r"^\d+ problems? in .*\n", "", cell.reason)
+            reasons.setdefault(cell.weight, " ".join(text.split()))
+    return [[w, " · ".join(found), reasons.get(w, "")] for w, found in entries.items()]
 
 
 def page(results: dict[str, dict[str, list[list[str]]]]) -> str:
@@ -73,33 +71,29 @@ def page(results: dict[str, dict[str, list[list[str]]]]) -> str:
     reasons: dict[str, None] = {}
     for name, by_mesh in results.items():
         label = name
-        for weight in [row[0] for row in next(iter(by_mesh.values()))]:
-            entries = []
-            for mesh in MESHES:
-                _, text, reason = next(row for row in by_mesh[mesh] if row[0] == weight)
-                entries.append(text)
-                if reason and weight != "all":
-                    reason = re.sub(r"\d+ problems? in this layout map \(mesh: .*?\) ", "", reason)
-                    reasons[f"- {name}, `{weight}`: {reason}"] = None
-            lines.append(f"| {label} | {weight} | {' | '.join(entries)} |")
+        for rows in zip(*(by_mesh[mesh] for mesh in MESHES), strict=True):
+            weight = rows[0][0]
+            lines.append(f"| {label} | {weight} | {' | '.join(row[1] for row in rows)} |")
+            reasons |= {f"- {name}, `{weight}`: {row[2]}": None for row in rows if row[2]}
             label = ""
-    if reasons:
-        lines += ["", *reasons]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *reasons]) + "\n"
 
 
 def on_page(name: str, mesh: str) -> list[list[str]]:
-    """The rows of a layer and a mesh as they stand on the page: weight and entries."""
+    """The rows of a layer and a mesh as they stand on the page."""
     column = 2 + list(MESHES).index(mesh)
     found, here = [], False
-    for line in PAGE.read_text().splitlines() if PAGE.exists() else ():
+    text = PAGE.read_text() if PAGE.exists() else ""
+    for line in text.splitlines():
         fields = [part.strip() for part in line.split(" | ")]
         if not line.startswith("| ") or len(fields) != 2 + len(MESHES):
             continue
         label = fields[0].removeprefix("|").strip()
         here = label == name if label else here
         if here:
-            found.append([fields[1], fields[column].removesuffix("|").strip()])
+            reason = re.search(rf"^- {re.escape(name)}, `{fields[1]}`: (.*)$", text, re.MULTILINE)
+            entry = fields[column].removesuffix("|").strip()
+            found.append([fields[1], entry, reason.group(1) if reason else ""])
     return found
 
 

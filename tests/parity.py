@@ -45,7 +45,8 @@ class Report:
         """The largest of all but those of the variables and slots that `but` picks out."""
         named = [*self.gradients.items(), *self.weights.items(), *self.slots.items()]
         kept = [value for path, value in named if not but(path)]
-        return max([self.loss, self.output, self.input_gradient, *kept])
+        worst = max([self.loss, self.output, self.input_gradient, *kept])
+        return worst if np.isfinite([*kept, worst]).all() else float("inf")
 
 
 def difference(one: Any, many: Any) -> float:
@@ -125,13 +126,13 @@ def compare(
     """
     case = Case(build, data, optimizer, loss, steps)
     with real_float64(float64):
-        return compare_with(train(build_seeded(build), case), case, layout, mesh)
+        one = train(build_seeded(build), case)
+        model = build_seeded(build)
+        return compare_with(one, case, model, keras_tp.plan(model, layout_map(layout, mesh)))
 
 
-def compare_with(one: Run, case: Case, layout: Layout, mesh: Any) -> Report:
-    """Trains the case parallelized and reports how it differs from `one`, the plain run."""
-    model = build_seeded(case.build)
-    plan = keras_tp.plan(model, layout_map(layout, mesh))
+def compare_with(one: Run, case: Case, model: Any, plan: keras_tp.Plan) -> Report:
+    """Trains the case's model by a plan and reports how it differs from `one`, the plain run."""
     keras_tp.parallelize(model, plan=plan)
     many = train(model, case)
     report = Report(

@@ -35,11 +35,18 @@ BREAKS: dict[str, tuple[str, dict[str, Any], str]] = {
         "multi_head_attention/attention_output",
     ),
     "ranks_in_the_groups_order": ("Dense", {".*kernel": COLUMN}, "sequential/dense"),
+    "gathered_in_the_groups_order": (
+        "Conv1D",
+        {".*kernel": (None, None, "model")},
+        "sequential/conv1d",
+    ),
+    "bias_gradient_halved": ("Dense", {".*kernel": ROW}, "sequential/dense"),
+    "stale_without_gradients": ("Conv1D", {".*bias": LINE}, "sequential/conv1d"),
     "replicas_that_start_different": ("Dense", {".*kernel": COLUMN}, "a weight"),
     "dropout_of_each_rank": ("Dropout, GaussianNoise, ...", {".*kernel": COLUMN}, ""),
     "constraint_of_the_shard": ("Dense, regularized", {".*kernel": ROW}, ""),
     "penalty_of_the_shard": ("Dense, regularized", {".*kernel": ROW}, "sequential"),
-    "shards_read_as_weights": ("Embedding, mask_zero", {".*dings": ROW}, "a weight"),
+    "shards_read_as_weights": ("Embedding, mask_zero", {".*dings": ROW}, ""),
     "one_rank_steps_further": ("Dense", {".*kernel": COLUMN}, ""),
 }
 
@@ -48,12 +55,18 @@ def wrong(name: str) -> tuple[float, float, str]:
     """The difference without and with the mistake, and what `verify` says to it."""
     case_name, layout, _ = BREAKS[name]
     mesh = keras.distribution.DeviceMesh((2,), ["model"], ["cpu:1", "cpu:0"])
+
+    def compared() -> float:
+        model = parity.build_seeded(case.build)
+        plan = keras_tp.plan(model, parity.layout_map(layout, mesh))
+        return parity.compare_with(one, case, model, plan).worst()
+
     with parity.real_float64(), warnings.catch_warnings():
         warnings.simplefilter("ignore", keras_tp.LayoutWarning)
         case, one, _ = plain(case_name)
-        right = parity.compare_with(one, case, layout, mesh).worst()
+        right = compared()
         with breaks.broken(name):
-            worst = parity.compare_with(one, case, layout, mesh).worst()
+            worst = compared()
             model = parity.build_seeded(case.build)
             keras_tp.parallelize(model, parity.layout_map(layout, mesh))
             found = keras_tp.verify(model, CASES[case_name].inputs)

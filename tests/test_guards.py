@@ -31,9 +31,17 @@ DECIDE = {
     "optimizers",
     "planner",
     "problems",
+    "rounding",
     "tables",
 }
-SEAM = {"seam.__init__", "seam.layers", "seam.variables", "seam.optimizers", "seam.weights"}
+SEAM = {
+    "seam.__init__",
+    "seam.layers",
+    "seam.optimizers",
+    "seam.trials",
+    "seam.variables",
+    "seam.weights",
+}
 ACT = {
     "activations",
     "agreement",

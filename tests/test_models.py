@@ -137,6 +137,32 @@ def test_adapters_that_a_kernels_pattern_claims(ranks: Any) -> None:
         assert report.worst() < 1e-10
 
 
+def quantized_later() -> tuple[float, list[str]]:
+    def use(model: Any) -> Any:
+        model.quantize("int8")
+        return model(floats(3, 5).astype("float32"))
+
+    layout = {".*d0/kernel": (None, "model"), ".*d1/kernel": ("model", None)}
+    results = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for parallel in (False, True):
+            model = parity.build_seeded(dense_pair)
+            if parallel:
+                keras_tp.parallelize(model, parity.layout_map(layout, {"model": 2}))
+            results.append(use(model).detach().numpy())
+    said = [str(w.message) for w in caught if issubclass(w.category, keras_tp.LayoutWarning)]
+    return parity.difference(*results), said
+
+
+def test_quantizing_afterwards_is_said(ranks: Any) -> None:
+    """The new kernel is whole on every rank: right, and not what the plan says."""
+    for gap, said in ranks(2)(quantized_later):
+        assert gap < 1e-6
+        assert len(said) == 2
+        assert "'sequential/d0' is quantized after keras_tp.parallelize" in said[0]
+
+
 def one_layer_in_two_models() -> float:
     shared: list[Any] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import breaks
 import keras
 import models
 import numpy as np
@@ -12,10 +13,15 @@ import parity
 import pytest
 import torch
 import torch.distributed as dist
-from keras import layers
+from keras import layers, ops
+from parity import layout_map
 
 import keras_tp
 from keras_tp.seam.variables import local_tensor
+
+
+def numbers(*shape: int) -> Any:
+    return np.random.default_rng(2).standard_normal(shape).astype("float32")
 
 
 def restless() -> Any:
@@ -44,7 +50,7 @@ def state(model: Any) -> list[Any]:
 def nothing_changes(training: bool) -> tuple[float, bool, list[str], float]:
     keras.utils.set_random_seed(3)
     many = parity.build_seeded(restless)
-    keras_tp.parallelize(many, parity.layout_map(RESTLESS, {"model": 2}))
+    keras_tp.parallelize(many, layout_map(RESTLESS, {"model": 2}))
     many.compile("adam", ["mse", "mse"], metrics=[["mae"], ["mae"]])
     rows = np.random.default_rng(1)
     x, a, b = (rows.standard_normal(s).astype("float32") for s in ((4, 5, 8), (4, 6), (4, 2)))
@@ -82,7 +88,7 @@ def of_a_transformer(size: int, batch: int, dtype: str) -> tuple[str, bool, floa
         keras.config.set_dtype_policy("float32")
     axes = {"batch": batch, "model": size // batch}
     layout = {**models.TRANSFORMER_LAYOUT, r"down_\d+/kernel": ("model", "batch")}
-    keras_tp.parallelize(model, parity.layout_map(layout, axes))
+    keras_tp.parallelize(model, layout_map(layout, axes))
     found = keras_tp.verify(model, models.transformer_data()[0])
     return str(found), found.equal, found.model.worst
 
@@ -104,6 +110,204 @@ def test_every_rank_gets_the_same_table(
     assert "attention_1/attention_output" in text
 
 
+class OwnLoss(keras.Model):
+    """A weight of its own and a loss of its own."""
+
+    def build(self, shape: Any) -> None:
+        self.w = self.add_weight(shape=(shape[-1], 6), name="w")
+
+    def call(self, x: Any) -> Any:
+        y = ops.matmul(x, self.w)
+        self.add_loss(ops.mean(y**2))
+        return y
+
+
+class Noisy(layers.Layer):
+    """A weight, random numbers without a seed, and a metric."""
+
+    def build(self, shape: Any) -> None:
+        self.w = self.add_weight(shape=(shape[-1], 6), name="w")
+        self.seen = keras.metrics.Mean()
+
+    def call(self, x: Any) -> Any:
+        self.seen.update_state(ops.mean(x))
+        noise = keras.random.normal((6,)) + np.random.rand() + random.random()
+        return ops.matmul(x, self.w) + noise
+
+
+class Index(layers.Layer):
+    """Whole numbers for outputs."""
+
+    def build(self, shape: Any) -> None:
+        self.w = self.add_weight(shape=(shape[-1], 6), name="w")
+
+    def call(self, x: Any) -> Any:
+        return ops.argmax(ops.matmul(x, self.w), -1)
+
+
+def stack(*parts: Any, shape: tuple[int, ...]) -> Any:
+    return keras.Sequential([keras.Input(shape), *parts])
+
+
+def mixed(policy: str) -> Any:
+    """What Keras recommends: low precision, and a head in float32."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        return stack(
+            layers.Dense(64, "relu"), layers.Dense(10, "softmax", dtype="float32"), shape=(64,)
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def gradient_of_nothing() -> Any:
+    """The sum of what is normalized is zero, whatever the kernel."""
+    x = keras.Input((6,))
+    h = layers.LayerNormalization(center=False, scale=False)(layers.Dense(6)(x))
+    return keras.Model(x, ops.sum(h, -1, keepdims=True) + 1.0)
+
+
+def masked_logits() -> Any:
+    x = keras.Input((6,))
+    return keras.Model(x, ops.where(ops.arange(6) < 5, layers.Dense(6)(x), -np.inf))
+
+
+def two_inputs() -> Any:
+    x, z = keras.Input((5,)), keras.Input((5,))
+    return keras.Model([x, z], layers.Dense(6)(x) + layers.Dense(6)(z))
+
+
+ROW, COLUMN = ("model", None), (None, "model")
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 784)).astype("float32")
+RIGHT: dict[str, tuple[Any, dict[str, Any], Any, bool]] = {
+    "mixed_bfloat16": (lambda: mixed("mixed_bfloat16"), {".*kernel": ROW}, numbers(16, 64), False),
+    "mixed_float16": (lambda: mixed("mixed_float16"), {".*kernel": ROW}, numbers(16, 64), False),
+    "pixels": (
+        lambda: stack(layers.Dense(256, "relu"), layers.Dense(10, "softmax"), shape=(784,)),
+        {".*kernel": ROW},
+        PIXELS,
+        False,
+    ),
+    "far from zero": (
+        lambda: stack(layers.Dense(64), layers.LayerNormalization(), shape=(32,)),
+        {".*kernel": ROW},
+        numbers(8, 32) + 1e3,
+        False,
+    ),
+    "a gradient of nothing": (gradient_of_nothing, {".*kernel": ROW}, numbers(4, 6), False),
+    "infinities": (masked_logits, {".*kernel": COLUMN}, numbers(4, 6), False),
+    "own loss": (OwnLoss, {".*w": COLUMN}, numbers(4, 5), False),
+    "random numbers": (
+        lambda: stack(Noisy(), layers.Dense(4), shape=(5,)),
+        {".*w": COLUMN},
+        numbers(4, 5),
+        True,
+    ),
+    "whole numbers": (lambda: stack(Index(), shape=(5,)), {".*w": COLUMN}, numbers(4, 5), False),
+    "assigned weights": (
+        lambda: stack(layers.SpectralNormalization(layers.Dense(6)), shape=(5,)),
+        {".*kernel": COLUMN},
+        numbers(4, 5),
+        True,
+    ),
+    "two inputs": (two_inputs, {".*kernel": ROW}, [numbers(4, 5), numbers(4, 5)], False),
+}
+
+
+def parallelized(build: Any, layout: dict[str, Any], x: Any) -> Any:
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1)
+    model = build()
+    model(x)
+    return keras_tp.parallelize(model, layout_map(layout, {"model": 2}))
+
+
+def is_equal(name: str) -> tuple[bool, str, bool]:
+    build, layout, x, training = RIGHT[name]
+    model = parallelized(build, layout, x)
+    before = state(model), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    added = model.losses
+    found = keras_tp.verify(model, x, training=training)
+    after = state(model), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    assert all(torch.equal(one, two) for one, two in zip(before[0], after[0], strict=True))
+    assert torch.equal(before[1], after[1])
+    assert (before[2] == after[2]).all()
+    assert before[3] == after[3]
+    assert len(model.losses) == len(added)
+    return found.equal, str(found), found.model.finite
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_models_are_found_right(ranks: Any, name: str) -> None:
+    """A false alarm costs a day. Each was one while differences were compared with a number for
+    each dtype, or a call left something behind for the next."""
+    for equal, text, finite in ranks(2)(is_equal, name):
+        assert equal, text
+        assert finite == (name != "infinities")
+
+
+def mistake_beside(x: Any, build: Any = None) -> list[bool]:
+    """Whether a bias that is added twice is found, without and with the mistake."""
+    found = []
+    for name in ("", "bias_once_per_rank"):
+        with breaks.broken(name):
+            model = parallelized(
+                build or (lambda: stack(layers.Dense(6, bias_initializer="ones"), shape=(5,))),
+                {".*kernel": ROW},
+                np.ones((1, 5), "float32"),
+            )
+            found.append(keras_tp.verify(model, x).equal)
+    return found
+
+
+def beside_what_hides_it() -> list[list[bool]]:
+    x, hidden = numbers(4, 5), numbers(4, 5)
+    hidden[0, 0] = np.nan
+
+    def two_outputs() -> Any:
+        x = keras.Input((5,))
+        h = layers.Dense(6, bias_initializer="ones")(x)
+        return keras.Model(x, [h, layers.Rescaling(1e9)(h)])
+
+    return [mistake_beside(x), mistake_beside(hidden), mistake_beside(x, two_outputs)]
+
+
+def test_nothing_hides_a_mistake(ranks: Any) -> None:
+    """A NaN made every difference zero, and one large output all others small."""
+    for answers in ranks(2)(beside_what_hides_it):
+        assert answers == [[True, False]] * 3
+
+
+def around_a_step() -> tuple[Any, str]:
+    model = parallelized(
+        lambda: stack(layers.Dense(6), layers.Dense(2), shape=(5,)),
+        {".*kernel": COLUMN},
+        np.ones((1, 5), "float32"),
+    )
+    model.compile("sgd", "mse")
+    x = numbers(8, 5)
+    loss = model(x).sum()
+    keras_tp.verify(model, x)
+    loss.backward()
+    gradients = [v.value.grad.abs().sum().item() for v in model.trainable_variables]
+    model.predict_on_batch(x)
+    model.predict_on_batch(x)
+    told = ""
+    try:
+        keras_tp.verify(model, x + dist.get_rank())
+    except ValueError as error:
+        told = str(error)
+    return gradients, told
+
+
+def test_between_forward_and_backward_and_on_different_batches(ranks: Any) -> None:
+    """Weights that were written, though with what they were, cannot be differentiated; and ranks
+    with different batches have no layer to blame."""
+    for gradients, told in ranks(2)(around_a_step):
+        assert min(gradients) > 0
+        assert "ranks are given different inputs" in told
+
+
 class OnlyTheFirst(keras.Model):
     """Has a layer that this batch does not call, and one that it calls twice."""
 
@@ -122,7 +326,7 @@ class OnlyTheFirst(keras.Model):
 def a_weight_changed_on_one_rank() -> tuple[Any, Any]:
     model = OnlyTheFirst()
     model(np.zeros((1, 4)))
-    keras_tp.parallelize(model, parity.layout_map({".*/kernel": ("model", None)}, {"model": 2}))
+    keras_tp.parallelize(model, layout_map({".*/kernel": ("model", None)}, {"model": 2}))
     x = np.ones((2, 4), "float32")
     right = keras_tp.verify(model, x)
     if dist.get_rank() == 1:
@@ -146,7 +350,7 @@ def test_ranks_that_drifted_apart_and_layers_not_called(ranks: Any) -> None:
 def a_layer_alone() -> Any:
     layer = layers.Dense(6)
     layer.build((None, 4))
-    keras_tp.parallelize(layer, parity.layout_map({"dense/kernel": (None, "model")}, {"model": 2}))
+    keras_tp.parallelize(layer, layout_map({"dense/kernel": (None, "model")}, {"model": 2}))
     return keras_tp.verify(layer, np.ones((2, 4), "float32"))
 
 

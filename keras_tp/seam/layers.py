@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from keras.src.backend.torch.layer import TorchLayer
 from keras.src.ops.node import Node
 
-from keras_tp.errors import LayoutError
+from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.seam.variables import ShardedVariable, is_symbolic, reading_shards
 from keras_tp.seam.weights import WeightView
 
@@ -97,6 +98,23 @@ def observe_loss(model: Any, observe: Callable[[Any, Any], None]) -> None:
         return original(*args, **kwargs)
 
     model.compute_loss = compute_loss
+
+
+def announce_quantize(layer: Any) -> None:
+    """Has `layer.quantize` say that it makes whole weights of sharded ones."""
+    original = layer.quantize
+
+    @functools.wraps(original)
+    def quantize(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            f"'{layer.path}' is quantized after keras_tp.parallelize: its new weights are whole on "
+            "every rank. Quantize a layer before, and it is sharded.",
+            LayoutWarning,
+            stacklevel=2,
+        )
+        return original(*args, **kwargs)
+
+    layer.quantize = quantize
 
 
 def hook_layers() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 import keras
@@ -42,6 +42,12 @@ class Sharding(Protocol):
 
     def distribute(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the first rank's value."""
+
+    def assembled(self, local: torch.Tensor) -> torch.Tensor:
+        """The full value, gathered in another way, to compare with."""
+
+    def position(self, rank: int) -> tuple[int, ...]:
+        """Which shard `rank` stores."""
 
 
 class ShardedVariable(keras.Variable):
@@ -106,7 +112,8 @@ class ShardedVariable(keras.Variable):
         if self._gathered is not None:
             self._gathered = {}
         if self._stood_in is not None and not local:
-            self._stood_in = value.detach()
+            with torch.no_grad():
+                self._stood_in.copy_(value)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The full value (collective): what `numpy()`, `get_weights` and saving read."""
@@ -172,51 +179,6 @@ def become_sharded(variable: Any, sharding: Sharding, local: torch.Tensor) -> No
 def local_tensor(variable: Any) -> torch.Tensor:
     """What this rank stores of a variable, sharded or not."""
     return variable._value
-
-
-def shard_of(variable: Any, full: torch.Tensor) -> torch.Tensor:
-    """What this rank stores of a full value or gradient of a variable, sharded or not."""
-    return variable._sharding.local(full) if isinstance(variable, ShardedVariable) else full
-
-
-@contextlib.contextmanager
-def gathered_instead(variables: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
-    """While open, sharded variables are read as full leaves, gathered here, and not again.
-
-    Gives a tensor per variable for gradients to be taken of: the leaf, or a
-    whole variable's own. Collective.
-    """
-    sources = []
-    try:
-        for variable in variables:
-            if isinstance(variable, ShardedVariable):
-                with torch.no_grad():
-                    full = variable._sharding.full(variable._value)
-                variable._stood_in = full.requires_grad_(variable._value.requires_grad)
-                sources.append(variable._stood_in)
-            else:
-                sources.append(variable._value)
-        yield sources
-    finally:
-        for variable in variables:
-            if isinstance(variable, ShardedVariable):
-                variable._stood_in = None
-
-
-@contextlib.contextmanager
-def restored(variables: Iterable[Any]) -> Iterator[None]:
-    """Afterwards the variables and torch's and Keras's random states are as they were."""
-    before = [(v, v._value.detach().clone()) for v in variables]
-    seed = global_seed()
-    devices = range(torch.cuda.device_count())
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for variable, value in before:
-                variable._value.copy_(value)
-        set_global_seed(seed)
 
 
 def full_numpy(variable: Any) -> np.ndarray:

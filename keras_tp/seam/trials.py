@@ -1,0 +1,95 @@
+"""Calls that are made to look at, after which everything is as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from keras_tp.seam.layers import Owner, variables_of
+from keras_tp.seam.variables import ShardedVariable, global_seed, set_global_seed
+
+
+@contextlib.contextmanager
+def restored(owners: Sequence[Owner]) -> Iterator[None]:
+    """Afterwards all that a call of these layers changes is as before.
+
+    Their variables, those of metrics they hold, the losses they have added, and
+    the random states of Python, NumPy, torch and Keras. Within, no losses have
+    been added yet. What the user's own Python code remembers is not followed.
+    """
+    metrics = [metric for owner in owners for metric in getattr(owner.layer, "_metrics", ())]
+    tensors = [v._value for v in variables_of(owners)]
+    tensors += [v._value for metric in metrics for v in metric.variables]
+    before = [(t, t._version, t.detach().clone()) for t in tensors]
+    losses = [(o.layer, o.layer._losses, o.layer._loss_ids) for o in owners]
+    states = random.getstate(), np.random.get_state(), global_seed()
+    try:
+        for owner in owners:
+            owner.layer._losses, owner.layer._loss_ids = [], set()
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, version, value in before:
+                if tensor._version != version:  # a write would spoil graphs that hold it
+                    tensor.copy_(value)
+        for layer, added, ids in losses:
+            layer._losses, layer._loss_ids = added, ids
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        set_global_seed(states[2])
+        random.setstate(states[0])  # making Keras's generator has drawn from it
+
+
+@contextlib.contextmanager
+def gathered_instead(
+    variables: Iterable[Any], nudged: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[torch.Tensor]]:
+    """While open, sharded variables are read as full leaves, gathered here, and not again.
+
+    Gives a tensor per variable for gradients to be taken of: the leaf, or a
+    whole variable's own. Collective; gathers in another way than layers do.
+
+    Args:
+        variables: sharded and whole ones.
+        nudged: what is read of a full value.
+    """
+    opened: list[ShardedVariable] = []
+    sources = []
+    try:
+        for variable in variables:
+            if isinstance(variable, ShardedVariable):
+                full = nudged(variable._sharding.assembled(variable._value.detach()))
+                variable._stood_in = full.requires_grad_(variable._value.requires_grad)
+                opened.append(variable)
+                sources.append(full)
+            else:
+                sources.append(variable._value)
+        yield sources
+    finally:
+        for variable in opened:
+            variable._stood_in = None
+
+
+def leaf_of(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` as an input to take a gradient of, with the mask that Keras has put on `tensor`."""
+    leaf = value.detach().requires_grad_()
+    mask = getattr(tensor, "_keras_mask", None)
+    if mask is not None:
+        leaf._keras_mask = mask  # type: ignore[attr-defined]
+    return leaf
+
+
+def shard_of(variable: Any, full: torch.Tensor) -> torch.Tensor:
+    """What this rank stores of a full value or gradient of a variable, sharded or not."""
+    return variable._sharding.local(full) if isinstance(variable, ShardedVariable) else full
+
+
+def position_of(variable: Any, rank: int) -> tuple[int, ...]:
+    """Which shard of a variable a rank stores; ranks with the same one store the same."""
+    return variable._sharding.position(rank) if isinstance(variable, ShardedVariable) else ()
