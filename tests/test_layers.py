@@ -7,6 +7,7 @@ Same numbers or a refusal. What is found is compared with the page
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -38,14 +39,20 @@ def layouts_of(
     if alone:
         for path, shape in weights:
             for dim in range(len(shape)):
-                yield path, str(dim), {path: cut(len(shape), dim)}
+                yield path, str(dim), {exactly(path): cut(len(shape), dim)}
     shaped = [(path, len(shape)) for path, shape in weights if shape]
     for what, pick in (
         ("first", lambda i, n: 0),
         ("last", lambda i, n: n - 1),
         ("mixed", lambda i, n: i % n),
     ):
-        yield "all", what, {path: cut(n, pick(i, n)) for i, (path, n) in enumerate(shaped)}
+        layout = {exactly(path): cut(n, pick(i, n)) for i, (path, n) in enumerate(shaped)}
+        yield "all", what, layout
+
+
+def exactly(path: str) -> str:
+    """The pattern of one path, also in Keras 3.13, where a pattern may match a part of it."""
+    return f"^{re.escape(path)}$"
 
 
 @functools.cache
