@@ -120,7 +120,7 @@ def verify(
     What rounding may make is measured: the whole computation is repeated on
     inputs and weights that are nudged by one unit of rounding of the dtype.
 
-    Collective; every sharded layer is called about seven times, and the memory
+    Collective; every sharded layer is called six times, and the memory
     is that of a layer's full weights, in the end of all. It changes nothing:
     weights, gradients, statistics, losses and random states stay as they are
     (but for what Python code of yours remembers of a call).
