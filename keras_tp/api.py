@@ -131,8 +131,9 @@ def verify(
             same on every rank, which is checked.
         training: how to call the model.
         tolerance: largest difference that counts as equal, by default 16 units
-            of rounding of the dtype that a layer computes in: 2e-6 for float32,
-            0.13 for bfloat16. (Keras on torch computes float64 in float32.)
+            of rounding of the dtype that a layer computes in, 4 of low precision:
+            2e-6 for float32, 0.03 for bfloat16. (Keras on torch computes float64
+            in float32.)
 
     Returns:
         What was found, the same on every rank; `print` it for a table.

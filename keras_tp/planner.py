@@ -56,14 +56,10 @@ def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
     for sentence in unused:
         warnings.warn(sentence, LayoutWarning, stacklevel=3)
     layers = _plan_layers(owners, plans, index, mesh)
-    layers = [_keep_output(layer, outputs.pattern_of, layout_map, mesh) for layer in layers]
-    notes = [*unused, *_idle_axes(plans, mesh), *_full_reads(variables, plans)]
-    notes += [
-        f"the output of '{layer.path}' reaches other layers whole, and is kept for the backward "
-        f"pass as a shard {layer.keeps}."
-        for layer in layers
-        if layer.keeps
-    ]
+    layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
+    for sentence in said:
+        warnings.warn(sentence, LayoutWarning, stacklevel=3)
+    notes = [*unused, *said, *_idle_axes(plans, mesh), *_full_reads(variables, plans)]
     return Plan(mesh, tuple(plans), tuple(layers), tuple(notes))
 
 
@@ -175,16 +171,23 @@ def _plan_layer(
     )
 
 
-def _keep_output(
-    layer: LayerPlan, pattern_of: dict[str, str], layout_map: Any, mesh: MeshShape
-) -> LayerPlan:
-    pattern = pattern_of.get(f"{layer.path}/output")
-    layout = tuple(layout_map[pattern].axes) if pattern else ()
-    cut = [axis for axis in layout if axis is not None and mesh.axis_size(axis) > 1]
-    if not cut:
-        return layer
-    gathers = [Collective("all_gather", axis, "kept output") for axis in cut]
-    return replace(layer, keeps=layout, backward=(*layer.backward, *gathers))
+def _name_outputs(
+    layers: list[LayerPlan], pattern_of: dict[str, str], layout_map: Any, mesh: MeshShape
+) -> tuple[list[LayerPlan], list[str]]:
+    """The layers with the layouts that the map has for their outputs, and what is said of them."""
+    named, said = [], []
+    for layer in layers:
+        pattern = pattern_of.get(f"{layer.path}/output")
+        layout = tuple(layout_map[pattern].axes) if pattern else ()
+        if any(axis is not None and mesh.axis_size(axis) > 1 for axis in layout):
+            layer = replace(layer, output_layout=layout)
+            said.append(
+                f"pattern {pattern!r} gives the output of layer '{layer.path}' a layout {layout}: "
+                "layers hand each other whole activations, so it stays whole on every rank. The "
+                "numbers are the same."
+            )
+        named.append(layer)
+    return named, said
 
 
 def _names(owner: Owner, index: dict[int, int], computation: Computation | None) -> dict[str, int]:

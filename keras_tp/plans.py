@@ -158,8 +158,9 @@ class LayerPlan:
             the layer that steps it.
         backward: collectives of each backward call, given that the layer's
             input needs a gradient.
-        keeps: layout of the layer's output between the forward and the backward
-            pass, if the layout map has one that cuts it; else empty.
+        output_layout: what the layout map asks for the layer's output, if it
+            does and would cut it; else empty. Layers hand each other whole
+            activations, so that it changes nothing.
         reason: why the row is not better, in words; empty when it is best.
     """
 
@@ -171,7 +172,7 @@ class LayerPlan:
     gathers: tuple[int, ...] = ()
     forward: tuple[Collective, ...] = ()
     backward: tuple[Collective, ...] = ()
-    keeps: Layout = ()
+    output_layout: Layout = ()
     reason: str = ""
 
     @property

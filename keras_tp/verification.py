@@ -16,7 +16,7 @@ from keras_tp.calls import GatheredCall, ShardCall
 from keras_tp.checks import LayerCheck, Verification
 from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
-from keras_tp.rounding import UNITS, Nudge, difference, unit_of
+from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
 from keras_tp.seam.layers import Owner, parallelized_part, variables_of, walk_layers
 from keras_tp.seam.trials import gathered_instead, leaf_of, position_of, restored, shard_of
 from keras_tp.seam.variables import is_symbolic, local_tensor
@@ -190,7 +190,7 @@ class _Comparison:
             input_gradient=input_gradient,
             weight_gradient=weight_gradient,
             finite=not not_finite,
-            tolerance=UNITS * self.unit if tolerance is None else tolerance,
+            tolerance=units_allowed(self.unit) * self.unit if tolerance is None else tolerance,
         )
 
 

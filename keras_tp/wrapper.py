@@ -7,7 +7,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
-from keras_tp.activations import KeptOutputs
 from keras_tp.agreement import AgreedBatches, AgreedInputs, check_plans
 from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_devices, check_ranks, initialize, torch_mesh
@@ -70,11 +69,6 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     for owner in owners:
         if any(isinstance(v, ShardedVariable) for v in owner.variables):
             announce_quantize(owner.layer)
-    if any(layer.keeps for layer in plan.layers):
-        kept = KeptOutputs(model, plan.mesh)
-        for owner, decided_layer in zip(owners, plan.layers, strict=True):
-            if decided_layer.keeps:
-                kept.keep(owner.layer, decided_layer.keeps)
     adopt_optimizer(model, plan.mesh)
     if dist.get_world_size() > 1:
         model.call = AgreedInputs(model)

@@ -43,7 +43,6 @@ SEAM = {
     "seam.weights",
 }
 ACT = {
-    "activations",
     "agreement",
     "calls",
     "collectives",

@@ -125,16 +125,17 @@ def test_unused_patterns_warn_or_err() -> None:
     assert "matches no variable. Nearest: 'sequential/dense_" in problem
 
 
-def test_layouts_of_layer_outputs_are_planned() -> None:
-    """A pattern of an activation is legal in Keras and no misspelling; a wrong one is an error."""
+def test_layouts_of_layer_outputs_are_checked_and_said() -> None:
+    """A pattern of an activation is legal in Keras and no misspelling; a wrong one is an error, and
+    one that changes nothing is not to pass for one that does."""
     model = models.dense_stack()
-    plan = plan_of(model, {".*/dense/output": (None, "model")})
-    (layer,) = [layer for layer in plan.layers if layer.keeps]
-    assert (layer.kind, layer.keeps) == ("Dense", (None, "model"))
-    assert [str(c) for c in layer.backward] == ["all_gather kept output"]
-    assert any("is kept for the backward pass as a shard (None, 'model')" in n for n in plan.notes)
+    with pytest.warns(keras_tp.LayoutWarning, match="it stays whole on every rank"):
+        plan = plan_of(model, {".*/dense/output": (None, "model")}, strict=True)
+    (layer,) = [layer for layer in plan.layers if layer.output_layout]
+    assert (layer.kind, layer.output_layout) == ("Dense", (None, "model"))
+    assert any("/dense' a layout (None, 'model'): layers hand each" in n for n in plan.notes)
     uncut = plan_of(model, {".*/dense/output": ("batch", None)})
-    assert not any(layer.keeps for layer in uncut.layers)
+    assert not any(layer.output_layout for layer in uncut.layers)
     (twice,) = problems_of(model, {".*/dense/output": ("model", "model")})
     assert "/dense/output' a layout ('model', 'model') that uses axis" in twice
     two = {".*/dense/output": (None, "model"), ".*/dense/out.*": (None, "model")}

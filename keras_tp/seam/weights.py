@@ -146,11 +146,6 @@ class WeightView(torch.Tensor):
         return result if func in _OF_THE_SHAPE else _only_read(result, views, views[0]._path, name)
 
 
-def writes_into(tensor: torch.Tensor) -> int:
-    """How often something was written into a tensor's memory."""
-    return tensor._version
-
-
 def was_written(weight: torch.Tensor) -> bool:
     """Whether something was written into a gathered weight since it was gathered."""
     with torch._C.DisableTorchFunctionSubclass():
