@@ -24,6 +24,8 @@ class LayerCheck:
             rank compares its shard.
         finite: whether all numbers were; infinities and NaN in the same places
             count as equal.
+        differentiable: whether there were gradients to compare; a stateful RNN
+            writes what it reads, and has none.
         tolerance: what rounding may make, by the dtype that the layer computes in.
     """
 
@@ -34,6 +36,7 @@ class LayerCheck:
     input_gradient: float
     weight_gradient: float
     finite: bool
+    differentiable: bool
     tolerance: float
 
     @property
@@ -85,6 +88,7 @@ class Verification:
         for check in (*self.layers, self.model):
             mark = "equal" if check.equal else "DIFFERENT"
             mark += "" if check.finite else ", with inf or nan"
+            mark += "" if check.differentiable else ", no gradients"
             table.add_row(
                 check.path,
                 check.style,

@@ -100,6 +100,7 @@ class _Comparison:
         self.calls = 0
         self.differences = [0.0, 0.0, 0.0]
         self.finite = True
+        self.differentiable = True
         self.owners = walk_layers(owner.layer)
         self.variables = variables_of(self.owners)
         self.unit = unit_of([o.layer.compute_dtype for o in self.owners])
@@ -164,10 +165,16 @@ class _Comparison:
                 if local_tensor(v).requires_grad
             ]
             grads: Any = [None] * (len(leaves) + len(weights))
-            if ends and grads:
-                grads = torch.autograd.grad(
-                    ends, [*leaves, *weights], _random_like(ends), allow_unused=True
-                )
+            if ends and grads and self.differentiable:
+                try:
+                    grads = torch.autograd.grad(
+                        ends, [*leaves, *weights], _random_like(ends), allow_unused=True
+                    )
+                except RuntimeError as error:
+                    # Plain Keras cannot either: such as a stateful RNN, which writes what it reads.
+                    if self.mode.now != "gathered" or "inplace operation" not in str(error):
+                        raise
+                    self.differentiable = False
         outputs = [o.detach() for o in outputs]
         return _Results(outputs, grads[: len(leaves)], grads[len(leaves) :])
 
@@ -190,6 +197,7 @@ class _Comparison:
             input_gradient=input_gradient,
             weight_gradient=weight_gradient,
             finite=not not_finite,
+            differentiable=self.differentiable,
             tolerance=units_allowed(self.unit) * self.unit if tolerance is None else tolerance,
         )
 

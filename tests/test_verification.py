@@ -210,6 +210,14 @@ RIGHT: dict[str, tuple[Any, dict[str, Any], Any, bool]] = {
         numbers(4, 5),
         True,
     ),
+    "a stateful layer": (
+        lambda: keras.Sequential(
+            [keras.Input((3, 5), batch_size=2), layers.LSTM(6, stateful=True)]
+        ),
+        {".*/kernel": COLUMN},
+        numbers(2, 3, 5),
+        False,
+    ),
     "two inputs": (two_inputs, {".*kernel": ROW}, [numbers(4, 5), numbers(4, 5)], False),
 }
 
@@ -244,6 +252,7 @@ def test_right_models_are_found_right(ranks: Any, name: str) -> None:
     for equal, text, finite in ranks(2)(is_equal, name):
         assert equal, text
         assert finite == (name != "infinities")
+        assert ("no gradients" in text) == (name == "a stateful layer")
 
 
 def mistake_beside(
