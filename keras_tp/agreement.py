@@ -85,20 +85,12 @@ class AgreedInputs:
         return self.original(*args, **kwargs)
 
 
-def every_ranks(lines: list[str]) -> list[list[str]] | None:
-    """The lines of every rank, or None where all are the same. Collective."""
+def _first_difference(lines: list[str]) -> tuple[str, int, str] | None:
+    """The first line that is not the same on every rank: rank 0's, another rank, and its."""
     if all_equal(hashlib.sha256("\n".join(lines).encode()).digest()):
         return None
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, lines)
-    return everywhere
-
-
-def _first_difference(lines: list[str]) -> tuple[str, int, str] | None:
-    """The first line that is not the same on every rank: rank 0's, another rank, and its."""
-    everywhere = every_ranks(lines)
-    if everywhere is None:
-        return None
     rank = next(rank for rank, other in enumerate(everywhere) if other != everywhere[0])
     pairs = zip([*everywhere[0], "nothing"], [*everywhere[rank], "nothing"], strict=False)
     first, other = next((a, b) for a, b in pairs if a != b)

@@ -71,7 +71,7 @@ class ShardCall(ABC):
 
     @property
     def style(self) -> str:
-        """The styles in words, as in the plan."""
+        """The styles along the axes on whose shards it computes, in words."""
         return " + ".join(dict.fromkeys(stage.plan.name for stage in self.stages))
 
     def read(self, name: str) -> torch.Tensor:

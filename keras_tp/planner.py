@@ -53,11 +53,9 @@ def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
     ]
     if problems:
         raise LayoutError(problems, where=where)
-    for sentence in unused:
-        warnings.warn(sentence, LayoutWarning, stacklevel=3)
     layers = _plan_layers(owners, plans, index, mesh)
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
-    for sentence in said:
+    for sentence in (*unused, *said):
         warnings.warn(sentence, LayoutWarning, stacklevel=3)
     notes = [*unused, *said, *_idle_axes(plans, mesh), *_full_reads(variables, plans)]
     return Plan(mesh, tuple(plans), tuple(layers), tuple(notes))

@@ -84,14 +84,13 @@ def wrong_layouts(
     `outputs` is the pattern of each layer output that one claims. How many dims
     an output has is known when the layer is called.
     """
-    claimed = [(v.pattern, v.path, v.shape, v.layout) for v in plans]
+    claimed = [(v.pattern, f"{v.path!r} {v.shape}", v.layout, v.shape) for v in plans]
     for path, pattern in outputs.items():
         layout = tuple(layout_map[pattern].axes)
-        claimed.append((pattern, path, (0,) * len(layout), layout))
+        claimed.append((pattern, repr(path), layout, (0,) * len(layout)))
     problems = [
-        f"pattern {pattern!r} gives {path!r}{f' {shape}' if path not in outputs else ''} a layout "
-        f"{layout} {problem}."
-        for pattern, path, shape, layout in claimed
+        f"pattern {pattern!r} gives {what} a layout {layout} {problem}."
+        for pattern, what, layout, shape in claimed
         for problem in layout_problems(layout, shape, mesh)
     ]
     for pattern, layout in layout_map.items():

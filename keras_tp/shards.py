@@ -74,8 +74,8 @@ class Shards:
     def assembled(self, local: torch.Tensor) -> torch.Tensor:
         """The full value, put together from what every rank of the job stores.
 
-        Collective. For checks: it goes by the mesh's coordinates alone, and by
-        none of what `full` goes by, whose mistakes it is to find.
+        Collective. For checks: it goes by the mesh's coordinates, not by the
+        axes' groups and their order as `full` does, whose mistakes it is to find.
         """
         sizes, bounds = [], []
         for rank in range(self.mesh.size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import torch
@@ -46,12 +46,11 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
             model(inputs, training=training)
         whole = _Comparison(Owner(model, model.path or model.name, ()), "whole model", mode)
         whole.compare(lambda given: model(given, training=training), (inputs,), {})
-    done = [call.comparison for call in calls]
     return Verification(
-        layers=tuple(c.result(tolerance) for c in sorted(done, key=lambda c: c.order) if c.calls),
+        layers=tuple(c.result(tolerance) for c in mode.called if c is not whole),
         model=whole.result(tolerance),
         unequal_weights=tuple(unequal),
-        not_called=tuple(c.owner.path for c in done if not c.calls),
+        not_called=tuple(c.comparison.owner.path for c in calls if not c.comparison.calls),
     )
 
 
@@ -61,11 +60,12 @@ class _Mode:
     Attributes:
         now: `"checking"`, each call being compared before it is made, or within
             a comparison `"shards"` or `"gathered"`, the layers below included.
-        compared: number of comparisons so far.
+        called: the comparisons of layers that were called, in the order of first calls.
     """
 
-    now = "checking"
-    compared = 0
+    def __init__(self) -> None:
+        self.now = "checking"
+        self.called: list[_Comparison] = []
 
     @contextlib.contextmanager
     def be(self, mode: str) -> Iterator[None]:
@@ -76,7 +76,7 @@ class _Mode:
             self.now = before
 
 
-class _Results:
+class _Results(NamedTuple):
     """What one call gave.
 
     Attributes:
@@ -85,8 +85,9 @@ class _Results:
         weights: the gradient of each weight that is trained.
     """
 
-    def __init__(self, outputs: list[Any], inputs: Sequence[Any], weights: Sequence[Any]):
-        self.outputs, self.inputs, self.weights = outputs, list(inputs), list(weights)
+    outputs: Sequence[Any]
+    inputs: Sequence[Any]
+    weights: Sequence[Any]
 
 
 class _Comparison:
@@ -96,7 +97,6 @@ class _Comparison:
         self.owner = owner
         self.style = style
         self.mode = mode
-        self.order = math.inf
         self.calls = 0
         self.differences = [0.0, 0.0, 0.0]
         self.finite = True
@@ -107,8 +107,8 @@ class _Comparison:
 
     def compare(self, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Makes `call` on shards and on gathered weights, from the same state. Collective."""
-        self.mode.compared += 1
-        self.order = min(self.order, self.mode.compared)
+        if not self.calls:
+            self.mode.called.append(self)
         self.calls += 1
 
         def gathered(nudge: Nudge) -> _Results:
@@ -134,7 +134,12 @@ class _Comparison:
         self._note(2, shards, found.weights, wanted.weights, [r.weights for r in nudged])
 
     def _note(
-        self, kind: int, wanted: list[Any], found: list[Any], whole: list[Any], nudged: list[Any]
+        self,
+        kind: int,
+        wanted: Sequence[Any],
+        found: Sequence[Any],
+        whole: Sequence[Any],
+        nudged: Sequence[Sequence[Any]],
     ) -> None:
         if len({len(wanted), len(found), *map(len, nudged)}) > 1:
             self.differences[kind] = math.inf

@@ -23,12 +23,7 @@ from keras_tp.seam.layers import (
     walk_layers,
 )
 from keras_tp.seam.optimizers import hook_optimizers
-from keras_tp.seam.variables import (
-    ShardedVariable,
-    local_tensor,
-    replicate_variable,
-    shard_variable,
-)
+from keras_tp.seam.variables import local_tensor, replicate_variable, shard_variable
 from keras_tp.shards import Shards
 from keras_tp.styles import GatheredOnUse, make_style
 from keras_tp.training import adopt_optimizer, share_random_state
@@ -66,8 +61,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
             held = [variables[i] for i in decided_layer.gathers]
             axis = decided_layer.styles[0].axis
             parallelize_module(owner.layer, mesh[axis], GatheredOnUse(held))
-    for owner in owners:
-        if any(isinstance(v, ShardedVariable) for v in owner.variables):
+        if any(plan.variables[i].sharded for i in decided_layer.variables):
             announce_quantize(owner.layer)
     adopt_optimizer(model, plan.mesh)
     if dist.get_world_size() > 1:

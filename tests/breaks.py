@@ -120,9 +120,6 @@ def ranks_in_the_groups_order() -> Any:
     return mock.patch.object(Axis, "of", of)
 
 
-gathered_in_the_groups_order = ranks_in_the_groups_order
-
-
 def bias_gradient_halved() -> Any:
     """A gradient that is small beside that of the kernel."""
     right = ContractionCall.read

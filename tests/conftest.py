@@ -55,7 +55,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if config.getoption("--write-layers"):
         from layer_cases import CASES
 
-        done = {name: results[name] for name in CASES if len(results.get(name, ())) == 3}
+        done = {
+            name: results[name]
+            for name in CASES
+            if len(results.get(name, ())) == len(matrix.MESHES)
+        }
         matrix.PAGE.write_text(matrix.page(done))
 
 

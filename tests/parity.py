@@ -17,6 +17,7 @@ import torch
 from precision import real_float64
 
 import keras_tp
+from keras_tp.seam.trials import shard_of
 from keras_tp.seam.variables import ShardedVariable, local_tensor
 
 # Differences are relative to a tensor's largest value, or to this where that is
@@ -75,7 +76,7 @@ def layout_map(layout: Layout, mesh: Any) -> Any:
 
 
 def build_seeded(build: Callable[[], Any], seed: int = 7) -> Any:
-    keras.utils.clear_session(free_memory=False)  # a full garbage collection takes 0.1 s
+    keras.utils.clear_session(free_memory=False)  # a garbage collection takes longer than the rest
     keras.utils.set_random_seed(seed)
     model = build()
     # Zeros and ones hide mistakes: a bias of zero can be added twice.
@@ -146,7 +147,7 @@ def compare_with(one: Run, case: Case, model: Any, plan: keras_tp.Plan) -> Repor
     for a, b in zip(one.input_gradients, many.input_gradients, strict=True):
         report.input_gradient = max(report.input_gradient, difference(a, b))
     for (variable, full), (shard, grad) in zip(one.gradients, many.gradients, strict=True):
-        mine = shard._sharding.local(full) if isinstance(shard, ShardedVariable) else full
+        mine = shard_of(shard, full)
         assert tuple(grad.shape) == tuple(mine.shape), shard.path
         gap = float((grad - mine).abs().max()) if grad.numel() else 0.0
         report.gradients[variable.path] = gap / max(float(full.abs().max()), FLOOR)

@@ -21,39 +21,40 @@ import keras_tp
 
 COLUMN, ROW, LINE = (None, "model"), ("model", None), ("model",)
 
-# Mistake -> the layer it shows in, the layout, and what `verify` names.
-BREAKS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "bias_once_per_rank": ("Dense, softmax", {".*kernel": ROW}, "sequential/dense"),
-    "input_gradient_of_one_rank": ("Dense", {".*kernel": COLUMN}, "sequential/dense"),
-    "input_gradient_padded_with_zeros": ("Dense", {".*kernel": ROW}, "sequential/dense"),
-    "gradient_counted_once_per_rank": ("Dense", {".*kernel": ROW}, "sequential/dense"),
-    "vocabulary_without_a_mask": ("Embedding, mask_zero", {".*dings": ROW}, "sequential/embedding"),
-    "activation_on_shards": ("Dense, softmax", {".*kernel": COLUMN}, "sequential/dense"),
-    "contracted_dim_cut_elsewhere": (
+# The mistake, the model it shows in, the layout, and what `verify` names.
+BREAKS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("bias_once_per_rank", "Dense, softmax", {".*kernel": ROW}, "sequential/dense"),
+    ("input_gradient_of_one_rank", "Dense", {".*kernel": COLUMN}, "sequential/dense"),
+    ("input_gradient_padded_with_zeros", "Dense", {".*kernel": ROW}, "sequential/dense"),
+    ("gradient_counted_once_per_rank", "Dense", {".*kernel": ROW}, "sequential/dense"),
+    ("vocabulary_without_a_mask", "Embedding, mask_zero", {".*dings": ROW}, "sequential/embedding"),
+    ("activation_on_shards", "Dense, softmax", {".*kernel": COLUMN}, "sequential/dense"),
+    (
+        "contracted_dim_cut_elsewhere",
         "MultiHeadAttention",
         {".*output/kernel": (None, "model", None)},
         "multi_head_attention/attention_output",
     ),
-    "ranks_in_the_groups_order": ("Dense", {".*kernel": COLUMN}, "sequential/dense"),
-    "gathered_in_the_groups_order": (
+    ("ranks_in_the_groups_order", "Dense", {".*kernel": COLUMN}, "sequential/dense"),
+    (
+        "ranks_in_the_groups_order",
         "Conv1D",
         {".*kernel": (None, None, "model")},
         "sequential/conv1d",
     ),
-    "bias_gradient_halved": ("Dense", {".*kernel": ROW}, "sequential/dense"),
-    "stale_without_gradients": ("Conv1D", {".*bias": LINE}, "sequential/conv1d"),
-    "replicas_that_start_different": ("Dense", {".*kernel": COLUMN}, "a weight"),
-    "dropout_of_each_rank": ("Dropout, GaussianNoise, ...", {".*kernel": COLUMN}, ""),
-    "constraint_of_the_shard": ("Dense, regularized", {".*kernel": ROW}, ""),
-    "penalty_of_the_shard": ("Dense, regularized", {".*kernel": ROW}, "sequential"),
-    "shards_read_as_weights": ("Embedding, mask_zero", {".*dings": ROW}, ""),
-    "one_rank_steps_further": ("Dense", {".*kernel": COLUMN}, ""),
-}
+    ("bias_gradient_halved", "Dense", {".*kernel": ROW}, "sequential/dense"),
+    ("stale_without_gradients", "Conv1D", {".*bias": LINE}, "sequential/conv1d"),
+    ("replicas_that_start_different", "Dense", {".*kernel": COLUMN}, "a weight"),
+    ("dropout_of_each_rank", "Dropout, GaussianNoise, ...", {".*kernel": COLUMN}, ""),
+    ("constraint_of_the_shard", "Dense, regularized", {".*kernel": ROW}, ""),
+    ("penalty_of_the_shard", "Dense, regularized", {".*kernel": ROW}, "sequential"),
+    ("shards_read_as_weights", "Embedding, mask_zero", {".*dings": ROW}, ""),
+    ("one_rank_steps_further", "Dense", {".*kernel": COLUMN}, ""),
+]
 
 
-def wrong(name: str) -> tuple[float, float, str]:
+def wrong(mistake: str, name: str, layout: dict[str, Any]) -> tuple[float, float, str]:
     """The difference without and with the mistake, and what `verify` says to it."""
-    case_name, layout, _ = BREAKS[name]
     mesh = keras.distribution.DeviceMesh((2,), ["model"], ["cpu:1", "cpu:0"])
 
     def compared() -> float:
@@ -63,23 +64,27 @@ def wrong(name: str) -> tuple[float, float, str]:
 
     with parity.real_float64(), warnings.catch_warnings():
         warnings.simplefilter("ignore", keras_tp.LayoutWarning)
-        case, one, _ = plain(case_name)
+        case, one, _ = plain(name)
         right = compared()
-        with breaks.broken(name):
+        with breaks.broken(mistake):
             worst = compared()
             model = parity.build_seeded(case.build)
             keras_tp.parallelize(model, parity.layout_map(layout, mesh))
-            found = keras_tp.verify(model, CASES[case_name].inputs)
+            found = keras_tp.verify(model, CASES[name].inputs)
         if found.unequal_weights:
             return right, worst, "a weight"
         return right, worst, found.first_difference.path if found.first_difference else ""
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_every_mistake_is_seen(ranks: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "name", "layout", "named"), BREAKS, ids=[f"{b[0]}-{b[1]}" for b in BREAKS]
+)
+def test_every_mistake_is_seen(
+    ranks: Any, mistake: str, name: str, layout: dict[str, Any], named: str
+) -> None:
     """A comparison that cannot fail proves nothing."""
-    answers = ranks(2)(wrong, name)
+    answers = ranks(2)(wrong, mistake, name, layout)
     assert max(right for right, _, _ in answers) < 1e-10
     assert max(worst for _, worst, _ in answers) > 1e-3
     for _, _, found in answers:
-        assert found == BREAKS[name][2]
+        assert found == named

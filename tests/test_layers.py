@@ -7,6 +7,7 @@ Same numbers or a refusal. What is found is compared with the page
 from __future__ import annotations
 
 import functools
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -83,8 +84,8 @@ def measure(name: str, mesh: str) -> list[Cell]:
                     cells.append(Cell(weight, what, "refused", 0.0, str(error)))
                     continue
             report = parity.compare_with(one, case, model, plan)
-            outcome = report.styles if report.sharded else "replicated"
-            cells.append(Cell(weight, what, outcome, report.worst(), ""))
+            assert report.sharded == len(layout), (weight, what)
+            cells.append(Cell(weight, what, report.styles, report.worst(), ""))
         return cells
 
 
@@ -98,8 +99,7 @@ def test_every_dim_of_every_weight(
     embeddings and grouped attention; keras-hub #1613 is one KV head on two ranks; nanotron #172
     had a wrong input gradient on all ranks but one. `test_breaks.py` breaks the code in these and
     other ways and sees these comparisons fail."""
-    size = 2 if mesh == "model=2" else 4
-    answers = ranks(size)(measure, name, mesh, timeout=300.0)
+    answers = ranks(math.prod(MESHES[mesh].values()))(measure, name, mesh, timeout=300.0)
     for cells in answers:
         for cell in cells:
             assert cell.difference < 1e-10, cell

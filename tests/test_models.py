@@ -12,14 +12,9 @@ import parity
 import pytest
 import torch
 from keras import layers
+from layer_cases import floats, integers
 
 import keras_tp
-
-SGD = parity.SGD
-
-
-def floats(*shape: int) -> Any:
-    return np.random.default_rng(3).standard_normal(shape)
 
 
 def compiled(model: Any) -> Any:
@@ -85,7 +80,7 @@ ADAPTED: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {
     ),
     "Embedding": (
         lambda: layers.Embedding(7, 6, name="d"),
-        np.random.default_rng(4).integers(0, 7, (3, 5)).astype("int32"),
+        integers(7, 3, 5),
         {".*d/embeddings": ("model", None)},
     ),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import breaks
@@ -43,11 +45,25 @@ RESTLESS = {
 }
 
 
-def state(model: Any) -> list[Any]:
-    return [local_tensor(v).detach().clone() for v in [*model.variables, *model.metrics_variables]]
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Asserts that variables, metrics and all random states are as they were."""
+
+    def state() -> list[Any]:
+        variables = [*model.variables, *model.metrics_variables]
+        return [
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+            *(local_tensor(v).detach().tolist() for v in variables),
+        ]
+
+    before = state()
+    yield
+    assert before == state()
 
 
-def nothing_changes(training: bool) -> tuple[float, bool, list[str], float]:
+def nothing_changes(training: bool) -> tuple[float, bool, list[str], Any]:
     keras.utils.set_random_seed(3)
     many = parity.build_seeded(restless)
     keras_tp.parallelize(many, layout_map(RESTLESS, {"model": 2}))
@@ -57,13 +73,8 @@ def nothing_changes(training: bool) -> tuple[float, bool, list[str], float]:
     many.train_on_batch(x, [a, b])
     calls = [layer.call for layer in many.layers]
     grads = [local_tensor(v).grad.clone() for v in many.trainable_variables]
-    before = state(many), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    found = keras_tp.verify(many, (x, [a, b]), training=training)
-    after = state(many), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    assert all(torch.equal(one, two) for one, two in zip(before[0], after[0], strict=True))
-    assert torch.equal(before[1], after[1])
-    assert (before[2] == after[2]).all()
-    assert before[3] == after[3]
+    with unchanged(many):
+        found = keras_tp.verify(many, (x, [a, b]), training=training)
     assert calls == [layer.call for layer in many.layers]
     for grad, v in zip(grads, many.trainable_variables, strict=True):
         assert torch.equal(grad, local_tensor(v).grad)
@@ -233,14 +244,9 @@ def parallelized(build: Any, layout: dict[str, Any], x: Any) -> Any:
 def is_equal(name: str) -> tuple[bool, str, bool]:
     build, layout, x, training = RIGHT[name]
     model = parallelized(build, layout, x)
-    before = state(model), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     added = model.losses
-    found = keras_tp.verify(model, x, training=training)
-    after = state(model), torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    assert all(torch.equal(one, two) for one, two in zip(before[0], after[0], strict=True))
-    assert torch.equal(before[1], after[1])
-    assert (before[2] == after[2]).all()
-    assert before[3] == after[3]
+    with unchanged(model):
+        found = keras_tp.verify(model, x, training=training)
     assert len(model.losses) == len(added)
     return found.equal, str(found), found.model.finite
 

@@ -3,8 +3,7 @@
 `make test-hub` runs this; the other tests neither need KerasHub nor know of it.
 
 The maps are used as they come, the contracted dims of attention that they cut included (keras-hub
-#2827). With `_Copy.backward` in keras_tp/collectives.py not reducing, every
-test of numbers fails.
+#2827). With `_Copy.backward` in keras_tp/collectives.py not reducing, every test of numbers fails.
 """
 
 from __future__ import annotations
@@ -168,12 +167,11 @@ def test_numbers_of_one_process(
     ranks: Any, name: str, size: int, float64: bool, allowed: float
 ) -> None:
     """A layer that KerasHub calls in a way that Keras's own do not, a weight read past its layer,
-    a token sent to other experts, an auxiliary loss counted per rank: each shows. (Tokens go to 5
-    and 6 different pairs of experts, none by less than 4e-4.)
+    a token sent to other experts, an auxiliary loss counted per rank: each shows.
 
     In float64 the models are without their casts, in float32 as they come. There the gradients of
-    one process are themselves up to 6e-6 from those in float64 (a query kernel of "qwen3 moe
-    untied"), so that two right programs may differ by twice that.
+    one process are themselves up to 6e-6 from those in float64 (measured by hand, a query kernel of
+    "qwen3 moe untied"), so that two right programs may differ by twice that.
     """
     for report in ranks(size)(train, name, size, float64):
         assert report.sharded == CASES[name][3]
