@@ -24,7 +24,9 @@ from keras_tp.verification import verify_model
 from keras_tp.wrapper import apply_plan
 
 
-def plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
+def plan(
+    model: Any, layout_map: Any, *, strict: bool = False, batch_axis: str | None = "batch"
+) -> Plan:
     """Decides how `model` will be sharded, without touching it.
 
     Pure: needs no process group and no device, and plans for any number of
@@ -35,6 +37,8 @@ def plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
         layout_map: a `keras.distribution.LayoutMap`, patterns of variable paths
             to one mesh axis or None per dim.
         strict: make a pattern that matches nothing an error, not a warning.
+        batch_axis: the mesh axis along which replicas share out the rows of each
+            batch, if the mesh has it; with None every rank computes all rows.
 
     Raises:
         LayoutError: every problem of the layout map at once: wrong numbers of
@@ -49,11 +53,16 @@ def plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
         >>> print(keras_tp.plan(model, layout_map))
     """
     require_torch()
-    return make_plan(model, layout_map, strict=strict)
+    return make_plan(model, layout_map, strict=strict, batch_axis=batch_axis)
 
 
 def parallelize(
-    model: Any, layout_map: Any = None, *, plan: Plan | None = None, strict: bool = False
+    model: Any,
+    layout_map: Any = None,
+    *,
+    plan: Plan | None = None,
+    strict: bool = False,
+    batch_axis: str | None = "batch",
 ) -> Any:
     """Makes `model` compute tensor-parallel over the ranks of the job, in place.
 
@@ -78,7 +87,7 @@ def parallelize(
         model: a built Keras model, compiled or not.
         layout_map: as for `keras_tp.plan`.
         plan: a plan of this model, instead of a layout map.
-        strict: as for `keras_tp.plan`; not with a plan, which was made already.
+        strict, batch_axis: as for `keras_tp.plan`; not with a plan, which was made already.
 
     Returns:
         `model`.
@@ -95,7 +104,7 @@ def parallelize(
             where="parallelize(model, layout_map, plan=...)",
         )
     if plan is None:
-        plan = make_plan(model, layout_map, strict=strict)
+        plan = make_plan(model, layout_map, strict=strict, batch_axis=batch_axis)
     elif not isinstance(plan, Plan):
         raise LayoutError(
             f"expected a keras_tp.Plan, got {type(plan).__name__}.",

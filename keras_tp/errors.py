@@ -24,12 +24,14 @@ class LayoutError(ValueError):
         problems: tuple of str, one sentence or two for each problem.
     """
 
-    def __init__(self, problems: str | Iterable[str], *, where: str = "this layout map"):
+    def __init__(self, problems: str | Iterable[str], *, where: str = ""):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         self.where = where
         super().__init__(self._message())
 
     def _message(self) -> str:
+        if not self.where:  # made by Keras, which puts more around the message of another
+            return "\n".join(self.problems)
         if len(self.problems) == 1:
             return f"1 problem in {self.where}\n  {self.problems[0]}"
         lines = [f"{len(self.problems)} problems in {self.where}"]

@@ -90,6 +90,19 @@ def chunk_bounds(total: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(size, total - start)
 
 
+def row_counts(total: int, replicas: int) -> tuple[int, ...]:
+    """Rows of each replica when a batch of `total` is shared out: as equal as can be.
+
+    Unlike `chunk_bounds` it leaves no replica without a row, if there are as
+    many as replicas.
+
+    >>> row_counts(10, 4)
+    (3, 3, 2, 2)
+    """
+    some, more = divmod(total, replicas)
+    return tuple(some + (index < more) for index in range(replicas))
+
+
 def placements_of(layout: Layout, mesh: MeshShape) -> tuple[Placement, ...]:
     """One placement per mesh axis, in mesh order.
 

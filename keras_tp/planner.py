@@ -16,13 +16,22 @@ from keras_tp.plans import Collective, Computation, LayerPlan, Plan, StylePlan, 
 from keras_tp.problems import (
     captured_weights,
     check_model,
+    read_batch_axis,
     read_mesh,
     unbuilt_layers,
     unshardable_weights,
     unused_pattern,
     wrong_layouts,
 )
-from keras_tp.rules import Weight, collectives_of, computation_of, gathered_along, style_along
+from keras_tp.rules import (
+    Weight,
+    collectives_of,
+    collectives_of_rows,
+    computation_of,
+    gathered_along,
+    rows_of,
+    style_along,
+)
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
 
 # These call their cell or layer once per time step: what it gathers is gathered
@@ -30,10 +39,13 @@ from keras_tp.seam.layers import Owner, variables_of, walk_layers
 _REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
 
 
-def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
+def make_plan(
+    model: Any, layout_map: Any, *, strict: bool = False, batch_axis: str | None = "batch"
+) -> Plan:
     """Decides everything; see `keras_tp.plan`."""
     check_model(model)
     mesh = read_mesh(layout_map)
+    replicas = read_batch_axis(batch_axis, mesh)
     where = f"this layout map (mesh: {mesh})"
     owners = walk_layers(model)
     unbuilt = unbuilt_layers(model, owners)
@@ -53,12 +65,13 @@ def make_plan(model: Any, layout_map: Any, *, strict: bool = False) -> Plan:
     ]
     if problems:
         raise LayoutError(problems, where=where)
-    layers = _plan_layers(owners, plans, index, mesh)
+    layers = _plan_layers(owners, plans, index, mesh, replicas)
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
     for sentence in (*unused, *said):
         warnings.warn(sentence, LayoutWarning, stacklevel=3)
-    notes = [*unused, *said, *_idle_axes(plans, mesh), *_full_reads(variables, plans)]
-    return Plan(mesh, tuple(plans), tuple(layers), tuple(notes))
+    notes = [*unused, *said, *_axes_in_words(plans, mesh, replicas)]
+    notes += _full_reads(variables, plans)
+    return Plan(mesh, tuple(plans), tuple(layers), tuple(notes), replicas)
 
 
 def _plan_variable(
@@ -76,18 +89,28 @@ def _plan_variable(
     )
 
 
-def _idle_axes(plans: list[VariablePlan], mesh: MeshShape) -> list[str]:
+def _axes_in_words(
+    plans: list[VariablePlan], mesh: MeshShape, replicas: str | None
+) -> list[str]:
     used = {axis for v in plans for axis in v.layout}
     notes = []
     for axis, size in zip(mesh.axes, mesh.sizes, strict=True):
-        if size > 1 and axis not in used:
+        if axis == replicas:
+            whole = [v for v in plans if v.trainable and axis not in v.layout]
+            notes.append(
+                f"rows of the batch are shared out along axis {axis!r}: each of its {size} "
+                "replicas computes its own, then outputs are gathered (1 all_gather each). "
+                f"Backward sums the gradients of {len(whole)} variables over them (all_reduce, "
+                "in buckets)."
+            )
+            if mesh.axes == (axis,) and axis in used:
+                notes.append(
+                    f"axis {axis!r} shares out rows, so that weights cut along it are gathered. "
+                    "For layers that compute on shards give them an axis of their own."
+                )
+        elif size > 1 and axis not in used:
             notes.append(
                 f"nothing is sharded along axis {axis!r}: its {size} ranks all compute the same."
-            )
-        elif size > 1 and axis == "batch":
-            notes.append(
-                f"axis 'batch' shares out weights, not yet rows: each of its {size} replicas "
-                "computes the whole batch."
             )
     return notes
 
@@ -103,7 +126,11 @@ def _full_reads(variables: Iterable[Any], plans: list[VariablePlan]) -> list[str
 
 
 def _plan_layers(
-    owners: list[Owner], plans: list[VariablePlan], index: dict[int, int], mesh: MeshShape
+    owners: list[Owner],
+    plans: list[VariablePlan],
+    index: dict[int, int],
+    mesh: MeshShape,
+    replicas: str | None,
 ) -> list[LayerPlan]:
     # Variable index -> the layer that gathers it, where that is not its owner.
     gathered_by: dict[int, Owner] = {}
@@ -113,7 +140,7 @@ def _plan_layers(
             for variable in variables_of(walk_layers(owner.layer)):
                 if plans[index[id(variable)]].sharded:
                     gathered_by.setdefault(index[id(variable)], owner)
-        layers.append(_plan_layer(owner, plans, index, gathered_by, mesh))
+        layers.append(_plan_layer(owner, plans, index, gathered_by, mesh, replicas))
     return layers
 
 
@@ -123,6 +150,7 @@ def _plan_layer(
     index: dict[int, int],
     gathered_by: dict[int, Owner],
     mesh: MeshShape,
+    replicas: str | None,
 ) -> LayerPlan:
     own = [index[id(v)] for v in owner.variables]
     computation, why_not = computation_of(owner.layer)
@@ -140,22 +168,31 @@ def _plan_layer(
     forward: list[Collective] = []
     backward: list[Collective] = []
     for axis, size in zip(mesh.axes, mesh.sizes, strict=True):
-        style = style_along(axis, computation, weights) if size > 1 else None
+        # Replicas compute other rows, so that no sum or join of theirs is a layer's output.
+        known = None if axis == replicas else computation
+        style = style_along(axis, known, weights) if size > 1 else None
         if style is None and any(axis in plans[i].layout for i in held):
             style = gathered_along(axis)
         if style is not None:
             styles.append(style)
-            ahead, back = collectives_of(style, computation, weights)
+            ahead, back = collectives_of(style, known, weights, of_rows=axis == replicas)
             forward += ahead
             backward += back
     if all(style.name == "gathered" for style in styles):
         if computation is not None and styles:
             why_not = f"its {computation.weights[0]} is not sharded along that axis"
+            if any(style.axis == replicas for style in styles):
+                why_not = f"each replica along '{replicas}' needs it for its own rows"
         computation = None
         mine = [i for i in own if plans[i].sharded and gathered_by.get(i, owner) is owner]
         gathers = mine + held
     else:
         gathers = []
+    rows = rows_of(owner.layer) if replicas is not None else "own"
+    if rows != "own":
+        ahead, back = collectives_of_rows(rows, replicas)
+        forward += ahead
+        backward += back
     return LayerPlan(
         path=owner.path,
         kind=type(owner.layer).__name__,
@@ -165,6 +202,7 @@ def _plan_layer(
         gathers=tuple(gathers),
         forward=tuple(forward),
         backward=tuple(backward),
+        rows=rows,
         reason=_reason(styles, [plans[i] for i in own], why_not),
     )
 

@@ -24,9 +24,9 @@ class Collective:
     """One communication that a layer causes each time it is called.
 
     Attributes:
-        kind: `"all_reduce"` or `"all_gather"`.
+        kind: `"all_reduce"`, `"all_gather"` or `"reduce_scatter"`.
         axis: the mesh axis whose ranks take part.
-        of: what travels: `"output"`, `"input gradient"`, or a variable's name.
+        of: what travels: `"output"`, `"input gradient"`, `"statistics"`, or a variable's name.
     """
 
     kind: str
@@ -161,6 +161,8 @@ class LayerPlan:
         output_layout: what the layout map asks for the layer's output, if it
             does and would cut it; else empty. Layers hand each other whole
             activations, so that it changes nothing.
+        rows: how it computes where replicas share out rows: `"own"`, each its own
+            rows; `"statistics"`, its own with statistics of all; `"all"`, each all rows.
         reason: why the row is not better, in words; empty when it is best.
     """
 
@@ -173,6 +175,7 @@ class LayerPlan:
     forward: tuple[Collective, ...] = ()
     backward: tuple[Collective, ...] = ()
     output_layout: Layout = ()
+    rows: str = "own"
     reason: str = ""
 
     @property
@@ -191,12 +194,15 @@ class Plan:
         layers: one entry for every layer, in the order of a depth-first walk.
         notes: sentences for the user that are no errors, such as of a pattern
             that matches nothing.
+        batch_axis: the mesh axis along which the rows of a batch are shared out,
+            if there is one of more than one rank; else every rank computes all rows.
     """
 
     mesh: MeshShape
     variables: tuple[VariablePlan, ...]
     layers: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
+    batch_axis: str | None = None
 
     def bytes_per_rank(self, rank: int) -> int:
         """Bytes of variables that `rank` stores (gradients and slots not counted)."""
@@ -219,6 +225,7 @@ class Plan:
         """The plan in lists, dicts, strings and numbers, ready for `json.dumps`."""
         return {
             "mesh": _plain(self.mesh),
+            "batch_axis": self.batch_axis,
             "variables": [
                 {
                     **_plain(v, leave_out="mesh"),

@@ -35,14 +35,17 @@ def check_model(model: Any) -> None:
 
 def read_mesh(layout_map: Any) -> MeshShape:
     """The mesh of a layout map; raises LayoutError where there is none to plan for."""
+    here = "this layout map"
     make_one = "`keras.distribution.LayoutMap(keras_tp.device_mesh({'model': 2}))` makes one."
     if isinstance(layout_map, Plan):
-        raise LayoutError("got a Plan for a layout map. Give it by name: plan=...")
+        raise LayoutError("got a Plan for a layout map. Give it by name: plan=...", where=here)
     if not isinstance(layout_map, keras.distribution.LayoutMap):
         found = type(layout_map).__name__
-        raise LayoutError(f"expected a keras.distribution.LayoutMap, got {found}. {make_one}")
+        raise LayoutError(
+            f"expected a keras.distribution.LayoutMap, got {found}. {make_one}", where=here
+        )
     if layout_map.device_mesh is None:
-        raise LayoutError(f"the LayoutMap has no device mesh. {make_one}")
+        raise LayoutError(f"the LayoutMap has no device mesh. {make_one}", where=here)
     mesh = MeshShape.from_keras(layout_map.device_mesh)
     problems = []
     if len(set(mesh.axes)) < len(mesh.axes):
@@ -53,6 +56,22 @@ def read_mesh(layout_map: Any) -> MeshShape:
     if problems:
         raise LayoutError(problems, where=f"this mesh ({mesh})")
     return mesh
+
+
+def read_batch_axis(batch_axis: Any, mesh: MeshShape) -> str | None:
+    """The axis along which rows are shared out, or None where every rank computes all rows.
+
+    "batch" need not be an axis of the mesh, as it is what nobody has asked for.
+    """
+    if batch_axis is None or (batch_axis == "batch" and "batch" not in mesh.axes):
+        return None
+    if batch_axis not in mesh.axes:
+        known = ", ".join(map(repr, mesh.axes))
+        raise LayoutError(
+            f"batch_axis={batch_axis!r} is no axis of the mesh, which has {known}.",
+            where="the arguments",
+        )
+    return batch_axis if mesh.axis_size(batch_axis) > 1 else None
 
 
 def unbuilt_layers(model: Any, owners: list[Owner]) -> list[str]:

@@ -162,8 +162,52 @@ def dim_of(label: str, labels: str) -> int:
     return labels.index(label)
 
 
+def rows_of(layer: Any) -> str:
+    """How a layer computes where replicas share out rows; see `LayerPlan.rows`.
+
+    Keras's layers treat each row alone, but for those named here, and a layer of
+    the user's is taken to do so until its first batch shows otherwise
+    (`keras_tp.proof`). One that says `layer.all_rows = True` is given all rows.
+    """
+    if getattr(layer, "all_rows", False) or isinstance(layer, _MIXING):
+        return "all"
+    if isinstance(layer, keras.layers.RNN) and layer.stateful:
+        return "all"  # its state has a row for each row of the batch
+    return "statistics" if isinstance(layer, keras.layers.BatchNormalization) else "own"
+
+
+# They mix rows, draw random numbers in other shapes than by row, or (a torch module)
+# read weights where gradients cannot be followed.
+_MIXING = tuple(
+    getattr(keras.layers, name)
+    for name in (
+        *("MixUp", "CutMix"),
+        *("RandAugment", "RandomElasticTransform", "RandomGaussianBlur"),
+        "TorchModuleWrapper",
+    )
+    if hasattr(keras.layers, name)
+)
+
+
+def collectives_of_rows(
+    rows: str, axis: str
+) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
+    """What a layer communicates that does not compute with its own rows alone."""
+    if rows == "statistics":
+        both = (Collective("all_reduce", axis, "statistics"),)
+        return both, both
+    return (
+        (Collective("all_gather", axis, "input"),),
+        (Collective("all_gather", axis, "output gradient"),),
+    )
+
+
 def collectives_of(
-    style: StylePlan, computation: Computation | None, weights: dict[str, Weight]
+    style: StylePlan,
+    computation: Computation | None,
+    weights: dict[str, Weight],
+    *,
+    of_rows: bool = False,
 ) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
     """What `style` communicates in a forward and in a backward call.
 
@@ -171,11 +215,15 @@ def collectives_of(
     -> leaves replicated` is the other way round; `Partial -> replicated` is an
     all-reduce with nothing to do backward; and a replicated input used on
     sharded weights gets a partial gradient. Ids, which a lookup takes, get none.
+    Where replicas compute other rows (`of_rows`), a gathered weight's gradients are
+    summed and cut.
     """
     forward, backward = [], []
     for name, weight in weights.items():
         if style.axis in weight.layout and name not in style.local:
             forward.append(Collective("all_gather", style.axis, name))
+            if of_rows:
+                backward.append(Collective("reduce_scatter", style.axis, name))
     if isinstance(style.output, Partial):
         forward.append(Collective("all_reduce", style.axis, "output"))
     if isinstance(style.output, Shard):

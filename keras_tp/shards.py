@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from keras_tp.collectives import Axis, broadcast, gather
+from keras_tp.collectives import Axis, broadcast, gather, gather_weight
 from keras_tp.layouts import MeshShape, Shape, chunk_bounds
 from keras_tp.mesh import torch_mesh
 
@@ -46,16 +46,25 @@ class Shards:
             shard = shard.narrow(dim, *chunk_bounds(self.shape[dim], axis.size, axis.rank))
         return shard.clone(memory_format=torch.contiguous_format)
 
-    def full(self, local: torch.Tensor, keep: Collection[str] = ()) -> torch.Tensor:
+    def full(
+        self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None
+    ) -> torch.Tensor:
         """The full value, or what is full except along the axes named in `keep`.
 
         Collective: one all-gather per sharded axis not kept. The gradient is
-        the slice that belongs to this rank.
+        the slice that belongs to this rank; along the axis `replicas`, whose ranks
+        each compute other rows, the slice of the sum (one reduce-scatter).
         """
         for axis, dim in self.cuts:
-            if axis.name not in keep:
+            if axis.name == replicas:
+                local = gather_weight(local, dim, self.shape[dim], axis)
+            elif axis.name not in keep:
                 local = gather(local, dim, self.shape[dim], axis)
         return local
+
+    def cut_along(self, axis: str) -> bool:
+        """Whether ranks along the axis store different parts."""
+        return any(cut.name == axis for cut, _ in self.cuts)
 
     def distribute(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the first rank's `full`.

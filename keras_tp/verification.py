@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import torch
@@ -13,16 +12,13 @@ import torch.distributed as dist
 
 from keras_tp.agreement import AgreedInputs, fingerprint
 from keras_tp.calls import GatheredCall, ShardCall
-from keras_tp.checks import LayerCheck, Verification
-from keras_tp.collectives import control_device
+from keras_tp.checks import Verification
+from keras_tp.comparison import Comparison, Mode
 from keras_tp.errors import LayoutError
-from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
+from keras_tp.replicas import RowsCall, WholeRowsCall
 from keras_tp.seam.layers import Owner, parallelized_part, variables_of, walk_layers
-from keras_tp.seam.trials import gathered_instead, leaf_of, position_of, restored, shard_of
-from keras_tp.seam.variables import is_symbolic, local_tensor
-
-# How often what is gathered is computed again on nudged numbers, to see what rounding makes.
-NUDGES = 2
+from keras_tp.seam.trials import position_of, restored
+from keras_tp.seam.variables import is_symbolic, local_tensor, on_rows_of
 
 
 def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None) -> Verification:
@@ -38,13 +34,13 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
         batch[0] if isinstance(batch, tuple) else batch,
     )
     owners = walk_layers(model)
-    mode = _Mode()
-    calls = [_CheckedCall(o, mode) for o in owners if isinstance(_planned(o), _Planned)]
+    mode = Mode()
+    calls = [_CheckedCall(o, mode) for o in owners if isinstance(getattr(*_place(o.layer)), _Planned)]
     with restored(owners), _batches_compared(model), _in_place(calls):
         unequal = _unequal_weights(owners)
         with torch.no_grad():
             model(inputs, training=training)
-        whole = _Comparison(Owner(model, model.path or model.name, ()), "whole model", mode)
+        whole = Comparison(Owner(model, model.path or model.name, ()), "whole model", mode)
         whole.compare(lambda given: model(given, training=training), (inputs,), {})
     return Verification(
         layers=tuple(c.result(tolerance) for c in mode.called if c is not whole),
@@ -54,179 +50,31 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
     )
 
 
-class _Mode:
-    """How layers compute just now.
-
-    Attributes:
-        now: `"checking"`, each call being compared before it is made, or within
-            a comparison `"shards"` or `"gathered"`, the layers below included.
-        called: the comparisons of layers that were called, in the order of first calls.
-    """
-
-    def __init__(self) -> None:
-        self.now = "checking"
-        self.called: list[_Comparison] = []
-
-    @contextlib.contextmanager
-    def be(self, mode: str) -> Iterator[None]:
-        before, self.now = self.now, mode
-        try:
-            yield
-        finally:
-            self.now = before
-
-
-class _Results(NamedTuple):
-    """What one call gave.
-
-    Attributes:
-        outputs: all tensors, and the losses of the layer and what is below it.
-        inputs: the gradient of each float input.
-        weights: the gradient of each weight that is trained.
-    """
-
-    outputs: Sequence[Any]
-    inputs: Sequence[Any]
-    weights: Sequence[Any]
-
-
-class _Comparison:
-    """One layer's differences so far."""
-
-    def __init__(self, owner: Owner, style: str, mode: _Mode):
-        self.owner = owner
-        self.style = style
-        self.mode = mode
-        self.calls = 0
-        self.differences = [0.0, 0.0, 0.0]
-        self.finite = True
-        self.differentiable = True
-        self.owners = walk_layers(owner.layer)
-        self.variables = variables_of(self.owners)
-        self.unit = unit_of([o.layer.compute_dtype for o in self.owners])
-
-    def compare(self, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Makes `call` on shards and on gathered weights, from the same state. Collective."""
-        if not self.calls:
-            self.mode.called.append(self)
-        self.calls += 1
-
-        def gathered(nudge: Nudge) -> _Results:
-            with gathered_instead(self.variables, nudge) as sources, self.mode.be("gathered"):
-                return self._run(call, args, kwargs, sources, nudge)
-
-        still = Nudge(0.0, seed=0)
-        wanted = gathered(still)
-        nudged = [gathered(Nudge(self.unit, seed)) for seed in range(NUDGES)]
-        with self.mode.be("shards"):
-            found = self._run(call, args, kwargs, [local_tensor(v) for v in self.variables], still)
-            with restored(self.owners), torch.no_grad():
-                without_gradients = self._outputs(call(*args, **kwargs))
-        trained = [v for v in self.variables if local_tensor(v).requires_grad]
-        shards = [
-            None if grad is None else shard_of(v, grad)
-            for v, grad in zip(trained, wanted.weights, strict=True)
-        ]
-        outputs, again = wanted.outputs, [r.outputs for r in nudged]
-        self._note(0, outputs, found.outputs, outputs, again)
-        self._note(0, outputs, without_gradients, outputs, again)
-        self._note(1, wanted.inputs, found.inputs, wanted.inputs, [r.inputs for r in nudged])
-        self._note(2, shards, found.weights, wanted.weights, [r.weights for r in nudged])
-
-    def _note(
-        self,
-        kind: int,
-        wanted: Sequence[Any],
-        found: Sequence[Any],
-        whole: Sequence[Any],
-        nudged: Sequence[Sequence[Any]],
-    ) -> None:
-        if len({len(wanted), len(found), *map(len, nudged)}) > 1:
-            self.differences[kind] = math.inf
-            return
-        for one, other, full, *again in zip(wanted, found, whole, *nudged, strict=True):
-            gap, finite = difference(one, other, full, again, self.unit)
-            self.differences[kind] = max(self.differences[kind], gap)
-            self.finite = self.finite and finite
-
-    def _run(
-        self, call: Callable[..., Any], args: Any, kwargs: Any, sources: Any, nudge: Nudge
-    ) -> _Results:
-        leaves: list[torch.Tensor] = []
-
-        def fresh(leaf: Any) -> Any:
-            if not (isinstance(leaf, torch.Tensor) and leaf.is_floating_point()):
-                return leaf
-            leaves.append(leaf_of(leaf, nudge(leaf.detach())))
-            return leaves[-1]
-
-        with restored(self.owners), torch.enable_grad():
-            args, kwargs = keras.tree.map_structure(fresh, (args, kwargs))
-            outputs = self._outputs(call(*args, **kwargs))
-            ends = [o for o in outputs if o.requires_grad]
-            weights = [
-                source
-                for source, v in zip(sources, self.variables, strict=True)
-                if local_tensor(v).requires_grad
-            ]
-            grads: Any = [None] * (len(leaves) + len(weights))
-            if ends and grads and self.differentiable:
-                try:
-                    grads = torch.autograd.grad(
-                        ends, [*leaves, *weights], _random_like(ends), allow_unused=True
-                    )
-                except RuntimeError as error:
-                    # Plain Keras cannot either: such as a stateful RNN, which writes what it reads.
-                    if self.mode.now != "gathered" or "inplace operation" not in str(error):
-                        raise
-                    self.differentiable = False
-        outputs = [o.detach() for o in outputs]
-        return _Results(outputs, grads[: len(leaves)], grads[len(leaves) :])
-
-    def _outputs(self, outputs: Any) -> list[torch.Tensor]:
-        # Penalties look at weights as well.
-        tensors = [*keras.tree.flatten(outputs), *self.owner.layer.losses]
-        return [t for t in tensors if isinstance(t, torch.Tensor)]
-
-    def result(self, tolerance: float | None) -> LayerCheck:
-        """What was found, on all ranks. Collective."""
-        found = [*self.differences, float(not self.finite)]
-        worst = torch.tensor(found, dtype=torch.float64, device=control_device())
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        output, input_gradient, weight_gradient, not_finite = worst.tolist()
-        return LayerCheck(
-            path=self.owner.path,
-            style=self.style,
-            calls=self.calls,
-            output=output,
-            input_gradient=input_gradient,
-            weight_gradient=weight_gradient,
-            finite=not not_finite,
-            differentiable=self.differentiable,
-            tolerance=units_allowed(self.unit) * self.unit if tolerance is None else tolerance,
-        )
-
-
 _Planned = ShardCall | GatheredCall
+_AROUND = AgreedInputs | RowsCall | WholeRowsCall
 
 
-def _planned(owner: Owner) -> Any:
-    """What the plan has put in place of the layer's call; of a model, behind its batch check."""
-    call = owner.layer.call
-    return call.original if isinstance(call, AgreedInputs) else call
+def _place(layer: Any) -> tuple[Any, str]:
+    """Where the plan has put what computes the layer: an object and its attribute."""
+    holder, name = layer, "call"
+    while isinstance(getattr(holder, name), _AROUND):
+        holder, name = getattr(holder, name), "original"
+    return holder, name
 
 
 class _CheckedCall:
     """A layer's call that is compared, before it is made, with one on gathered weights."""
 
-    def __init__(self, owner: Owner, mode: _Mode):
-        self.planned = _planned(owner)
+    def __init__(self, owner: Owner, mode: Mode):
+        self.planned = getattr(*_place(owner.layer))
         self.mode = mode
-        self.comparison = _Comparison(owner, self.planned.style, mode)
+        self.comparison = Comparison(owner, self.planned.style, mode)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.mode.now == "checking" and not is_symbolic():
-            self.comparison.compare(self._call, args, kwargs)
+            # As if there were no replicas: each compares what it does with its own rows.
+            with on_rows_of(None):
+                self.comparison.compare(self._call, args, kwargs)
         return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,20 +84,14 @@ class _CheckedCall:
 
 @contextlib.contextmanager
 def _in_place(calls: list[_CheckedCall]) -> Iterator[None]:
-    def put(checked: _CheckedCall, call: Any) -> None:
-        layer = checked.comparison.owner.layer
-        if isinstance(layer.call, AgreedInputs):
-            layer.call.original = call
-        else:
-            layer.call = call
-
-    for checked in calls:
-        put(checked, checked)
+    places = [_place(checked.comparison.owner.layer) for checked in calls]
+    for place, checked in zip(places, calls, strict=True):
+        setattr(*place, checked)
     try:
         yield
     finally:
-        for checked in calls:
-            put(checked, checked.planned)
+        for place, checked in zip(places, calls, strict=True):
+            setattr(*place, checked.planned)
 
 
 @contextlib.contextmanager
@@ -282,7 +124,3 @@ def _unequal_weights(owners: list[Owner]) -> list[str]:
     return unequal
 
 
-def _random_like(ends: list[torch.Tensor]) -> list[torch.Tensor]:
-    # Of a generator of its own, so that the user's numbers go on as they would.
-    random = torch.Generator().manual_seed(0)
-    return [torch.randn(end.shape, generator=random, dtype=torch.float64).to(end) for end in ends]

@@ -8,10 +8,12 @@ import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
 from keras_tp.agreement import AgreedBatches, AgreedInputs, check_plans
+from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_devices, check_ranks, initialize, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
+from keras_tp.replicas import RowsCall, WholeRowsCall
 from keras_tp.rules import computation_of
 from keras_tp.seam.layers import (
     Owner,
@@ -23,7 +25,13 @@ from keras_tp.seam.layers import (
     walk_layers,
 )
 from keras_tp.seam.optimizers import hook_optimizers
-from keras_tp.seam.variables import local_tensor, replicate_variable, shard_variable
+from keras_tp.seam.rows import hook_random, share_statistics
+from keras_tp.seam.variables import (
+    local_tensor,
+    replicate_for_rows,
+    replicate_variable,
+    shard_variable,
+)
 from keras_tp.shards import Shards
 from keras_tp.styles import GatheredOnUse, make_style
 from keras_tp.training import adopt_optimizer, share_random_state
@@ -52,6 +60,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
             shard_variable(variable, shards)
         else:
             replicate_variable(variable, shards)
+            if plan.batch_axis is not None:
+                replicate_for_rows(variable)
     for owner, decided_layer in zip(owners, plan.layers, strict=True):
         for style in decided_layer.styles:
             if decided_layer.computation is not None and style.name != "gathered":
@@ -63,7 +73,14 @@ def apply_plan(model: Any, plan: Plan) -> Any:
             parallelize_module(owner.layer, mesh[axis], GatheredOnUse(held))
         if any(plan.variables[i].sharded for i in decided_layer.variables):
             announce_quantize(owner.layer)
+        if decided_layer.rows == "statistics":
+            share_statistics(owner.layer)
+        if decided_layer.rows == "all":
+            owner.layer.call = WholeRowsCall(owner.layer)
     adopt_optimizer(model, plan.mesh)
+    if plan.batch_axis is not None:
+        hook_random()
+        model.call = RowsCall(model, Axis.of(mesh, plan.batch_axis), owners)
     if dist.get_world_size() > 1:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)

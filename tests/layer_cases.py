@@ -192,7 +192,13 @@ def lora(layer: Callable[[], Any], *shape: int, dtype: Any = None) -> Callable[[
 
     def build() -> Any:
         model = keras.Sequential([keras.Input(shape, dtype=dtype), layer()])
-        model.layers[0].enable_lora(2)
+        adapted = model.layers[0]
+        add_weight = adapted.add_weight
+        # Keras makes adapters float32 whatever the layer is, and in float32 replicas
+        # that sum their gradients round otherwise than one process does.
+        adapted.add_weight = lambda **given: add_weight(**given | {"dtype": keras.config.floatx()})
+        adapted.enable_lora(2)
+        del adapted.add_weight
         return model
 
     return build

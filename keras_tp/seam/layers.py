@@ -55,6 +55,15 @@ def variables_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
     return _unique(v for owner in owners for v in owner.variables)
 
 
+def states_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
+    """The variables that a call may write: statistics, counts, seeds."""
+    states: list[Any] = []
+    for owner in owners:
+        states += owner.layer._non_trainable_variables
+        states += [generator.state for generator in owner.layer._seed_generators]
+    return _unique(states)
+
+
 def _unique(variables: Iterable[Any]) -> tuple[Any, ...]:
     return tuple({id(v): v for v in variables}.values())
 

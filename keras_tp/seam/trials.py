@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from keras_tp.seam.layers import Owner, variables_of
+from keras_tp.seam.layers import Owner, states_of, variables_of
 from keras_tp.seam.variables import ShardedVariable, global_seed, set_global_seed
 
 
 @contextlib.contextmanager
-def restored(owners: Sequence[Owner]) -> Iterator[None]:
+def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]:
     """Afterwards all that a call of these layers changes is as before.
 
-    Their variables, those of metrics they hold, the losses they have added, and
+    Their variables (with `trained=False` only those that are never trained), those of metrics they hold, the losses they have added, and
     the random states of Python, NumPy, torch and Keras. Within, no losses have
     been added yet. What the user's own Python code remembers is not followed.
     """
     metrics = [metric for owner in owners for metric in getattr(owner.layer, "_metrics", ())]
-    tensors = [v._value for v in variables_of(owners)]
+    tensors = [v._value for v in (variables_of(owners) if trained else states_of(owners))]
     tensors += [v._value for metric in metrics for v in metric.variables]
     before = [(t, t._version, t.detach().clone()) for t in tensors]
     losses = [(o.layer, o.layer._losses, o.layer._loss_ids) for o in owners]
@@ -74,6 +74,21 @@ def gathered_instead(
     finally:
         for variable in opened:
             variable._stood_in = None
+
+
+@contextlib.contextmanager
+def nudged_weights(
+    variables: Iterable[Any], nudged: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """While open, what this rank stores of the variables that are trained is `nudged`."""
+    stored = [(v._value, v._value.data) for v in variables if v._value.requires_grad]
+    try:
+        for parameter, value in stored:
+            parameter.data = nudged(value)
+        yield
+    finally:
+        for parameter, value in stored:
+            parameter.data = value
 
 
 def leaf_of(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

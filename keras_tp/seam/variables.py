@@ -29,6 +29,57 @@ def is_stateless() -> bool:
     return bool(in_stateless_scope())
 
 
+class Replicas(Protocol):
+    """What Keras's side asks of `keras_tp.replicas.Replicas`, while each replica computes its rows.
+
+    Attributes:
+        axis: name of the mesh axis along which they stand.
+        rows: of this replica.
+        total: of all replicas.
+    """
+
+    axis: str
+    rows: int
+    total: int
+
+    def own(self, variable: Any) -> torch.Tensor:
+        """What this rank stores of a variable, for use on its rows."""
+
+    def renew(self, variable: Any) -> None:
+        """Something was assigned to the variable."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of `x` over the replicas, for use on the rows of each."""
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of means over rows, for use by what all replicas do alike."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of all replicas."""
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """This replica's rows of all."""
+
+
+_REPLICAS = "keras_tp_replicas"
+
+
+def current_replicas() -> Replicas | None:
+    """The replicas, while each computes its own rows; None where all compute the same."""
+    return global_state.get_global_attribute(_REPLICAS)
+
+
+@contextlib.contextmanager
+def on_rows_of(replicas: Replicas | None) -> Iterator[None]:
+    """While open, weights are read and numbers drawn for this replica's rows; None for all rows."""
+    before = current_replicas()
+    global_state.set_global_attribute(_REPLICAS, replicas)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_REPLICAS, before)
+
+
 class Sharding(Protocol):
     """What a sharded variable asks of `keras_tp.shards.Shards`."""
 
@@ -37,8 +88,13 @@ class Sharding(Protocol):
     def local(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of a full value."""
 
-    def full(self, local: torch.Tensor, keep: Collection[str] = ()) -> torch.Tensor:
-        """The full value, gathered along the axes not in `keep`."""
+    def full(
+        self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None
+    ) -> torch.Tensor:
+        """The full value, gathered along the axes not in `keep`; on rows along `replicas`."""
+
+    def cut_along(self, axis: str) -> bool:
+        """Whether ranks along the axis store different parts."""
 
     def distribute(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the first rank's value."""
@@ -48,6 +104,33 @@ class Sharding(Protocol):
 
     def position(self, rank: int) -> tuple[int, ...]:
         """Which shard `rank` stores."""
+
+
+def _renew(variable: Any) -> None:
+    replicas = current_replicas()
+    if replicas is not None:
+        replicas.renew(variable)
+
+
+class ReplicatedVariable(keras.Variable):
+    """A Keras variable that is whole on every rank, of a model whose replicas share out rows.
+
+    Never constructed, as `ShardedVariable`. While replicas compute, what is read
+    of it gives the sum of their gradients.
+    """
+
+    @property
+    def value(self) -> torch.Tensor:
+        """The weight."""
+        replicas = current_replicas()
+        if replicas is None or in_stateless_scope() or is_symbolic():
+            return keras.Variable.value.fget(self)
+        return self._maybe_autocast(replicas.own(self))
+
+    def _direct_assign(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            self._value.copy_(value)
+        _renew(self)
 
 
 class ShardedVariable(keras.Variable):
@@ -82,12 +165,14 @@ class ShardedVariable(keras.Variable):
 
     def full(self, keep: Collection[str] = ()) -> torch.Tensor:
         """The full value, gathered along every axis not in `keep`; differentiable. Collective."""
-        local = self._maybe_autocast(self._value)
+        replicas = current_replicas()
+        along = None if replicas is None else replicas.axis
+        local = self._maybe_autocast(self._value if replicas is None else replicas.own(self))
         if self._gathered is None or keep:
-            return self._sharding.full(local, keep)
+            return self._sharding.full(local, keep, along)
         kind = local.dtype, torch.is_grad_enabled()
         if kind not in self._gathered:
-            self._gathered[kind] = self._sharding.full(local)
+            self._gathered[kind] = self._sharding.full(local, (), along)
         return self._gathered[kind]
 
     def _stand_in(self) -> torch.Tensor:
@@ -109,6 +194,7 @@ class ShardedVariable(keras.Variable):
         local = tuple(value.shape) == self._sharding.local_shape
         with torch.no_grad():
             self._value.copy_(value if local else self._sharding.local(value))
+        _renew(self)
         if self._gathered is not None:
             self._gathered = {}
         if self._stood_in is not None and not local:
@@ -159,6 +245,17 @@ def replicate_variable(variable: Any, sharding: Sharding) -> None:
             variable._value.copy_(value)
     else:  # such as an expanded tensor, into which nothing can be written
         variable._value.data = value
+
+
+def replicate_for_rows(variable: Any) -> None:
+    """Has a variable that stays whole give replicas the sum of their gradients."""
+    if type(variable) is keras.Variable:
+        variable.__class__ = ReplicatedVariable
+
+
+def cut_along(variable: Any, axis: str) -> bool:
+    """Whether ranks along the mesh axis store different parts of a variable."""
+    return isinstance(variable, ShardedVariable) and variable._sharding.cut_along(axis)
 
 
 def become_sharded(variable: Any, sharding: Sharding, local: torch.Tensor) -> None:

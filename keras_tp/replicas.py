@@ -1,0 +1,230 @@
+"""Replicas: the ranks along one mesh axis, which share out the rows of each batch.
+
+What a model's caller sees stays global: it gives whole batches and gets whole
+outputs, and computes losses and metrics of them, the same on every rank. The
+model's own call is made by each replica on its rows, after which the outputs
+are gathered. So gradients that come back are those of the whole batch's loss,
+each replica has its rows' part of a weight's gradient, and their sum (not their
+mean) is that of one process: for any loss, any weighting of samples, and any
+number of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from keras_tp.buckets import summed
+from keras_tp.collectives import Axis, gather_rows, reduce, split_rows, sum_over
+from keras_tp.errors import LayoutError
+from keras_tp.layouts import row_counts
+from keras_tp.proof import ROWS, prove_rows
+from keras_tp.rounding import Nudge
+from keras_tp.seam.layers import Owner
+from keras_tp.seam.rows import average_losses, with_mask
+from keras_tp.seam.variables import (
+    current_replicas,
+    cut_along,
+    is_stateless,
+    is_symbolic,
+    local_tensor,
+    on_rows_of,
+)
+
+
+ALIKE = "With batch_axis=None every replica computes all rows."
+
+
+class Replicas:
+    """The replicas during one call of a model.
+
+    Args:
+        axis: along which they stand.
+        counts: rows of each.
+    """
+
+    def __init__(self, axis: Axis, counts: tuple[int, ...]):
+        self.along = axis
+        self.counts = counts
+        self.axis = axis.name
+        self.rows = counts[axis.rank]
+        self.total = sum(counts)
+        self.start = sum(counts[: axis.rank])
+        self._own: dict[int, torch.Tensor] = {}
+
+    def own(self, variable: Any) -> torch.Tensor:
+        """What this rank stores of a variable; backward, the sum of the replicas' gradients.
+
+        A variable that is cut along the axis stays as it is: the sum is taken
+        where it is gathered.
+        """
+        stored = local_tensor(variable)
+        if not (torch.is_grad_enabled() and stored.requires_grad):
+            return stored
+        if cut_along(variable, self.axis):
+            return stored
+        # Once in a call, however often it is read: one sum of what all readers give.
+        if id(variable) not in self._own:
+            self._own[id(variable)] = summed(stored, self.along)
+        return self._own[id(variable)]
+
+    def renew(self, variable: Any) -> None:
+        """What was read before stays the old value's, what is read from now on is the new one's."""
+        self._own.pop(id(variable), None)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return sum_over(x, self.along)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        return reduce(x * (self.rows / self.total), self.along)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return gather_rows(x, self.counts, self.along)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return split_rows(x, self.counts, self.along)
+
+
+class RowsCall:
+    """A model's `call`, which each replica makes on its rows.
+
+    A batch of fewer rows than replicas is computed whole by every one.
+
+    Args:
+        model: the model that is parallelized.
+        axis: along which the replicas stand.
+        owners: its layers.
+    """
+
+    def __init__(self, model: Any, axis: Axis, owners: Sequence[Owner]):
+        self.model = model
+        self.original = model.call
+        self.axis = axis
+        self.owners = owners
+        self.proven: set[bool] = set()  # with and without training
+        self.where = f"model '{model.name}', whose rows are shared out along axis '{axis.name}'"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_symbolic() or is_stateless() or _ALIKE or current_replicas() is not None:
+            return self.original(*args, **kwargs)
+        total = self._count_rows(args, kwargs)
+        if total < self.axis.size:
+            return self.original(*args, **kwargs)
+        counts = row_counts(total, self.axis.size)
+        training = bool(kwargs.get("training"))
+        if training not in self.proven and not torch.compiler.is_compiling():
+            self._prove(args, kwargs, counts)
+            self.proven.add(training)
+        return self._share_out(args, kwargs, counts)
+
+    def _prove(self, args: Any, kwargs: Any, counts: tuple[int, ...]) -> None:
+        few = min(ROWS, *counts)
+        rows = [i for end in itertools.accumulate(counts) for i in range(end - few, end)]
+
+        def some(leaf: Any, nudge: Nudge) -> Any:
+            if not _has_rows(leaf):
+                return leaf
+            if isinstance(leaf, np.ndarray):
+                return leaf[rows]
+            return with_mask(leaf, lambda t: nudge(t.detach()[rows]))
+
+        def call(alike: bool, nudge: Nudge) -> Any:
+            given = keras.tree.map_structure(lambda leaf: some(leaf, nudge), (args, kwargs))
+            if alike:
+                return self.original(*given[0], **given[1])
+            return self._share_out(*given, (few,) * len(counts))
+
+        prove_rows(self.owners, call, self.where)
+
+    def _share_out(self, args: Any, kwargs: Any, counts: tuple[int, ...]) -> Any:
+        replicas = Replicas(self.axis, counts)
+
+        def mine(leaf: Any) -> Any:
+            if not _has_rows(leaf):
+                return leaf
+            if isinstance(leaf, np.ndarray):
+                return leaf[replicas.start : replicas.start + replicas.rows]
+            return with_mask(leaf, replicas.take)
+
+        def joined(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if leaf.shape[:1] != (replicas.rows,):
+                raise LayoutError(
+                    f"an output has shape {tuple(leaf.shape)} where the replica has "
+                    f"{replicas.rows} rows, so that it is not one of rows. {ALIKE}",
+                    where=self.where,
+                )
+            return with_mask(leaf, replicas.gather)
+
+        args, kwargs = keras.tree.map_structure(mine, (args, kwargs))
+        with on_rows_of(replicas):
+            outputs = self.original(*args, **kwargs)
+        average_losses(self.owners, replicas)
+        return keras.tree.map_structure(joined, outputs)
+
+    def _count_rows(self, args: Any, kwargs: Any) -> int:
+        shapes = [
+            tuple(leaf.shape) for leaf in keras.tree.flatten((args, kwargs)) if _has_rows(leaf)
+        ]
+        counts = dict.fromkeys(shape[0] for shape in shapes)
+        if len(counts) > 1:
+            raise LayoutError(
+                f"inputs of shapes {', '.join(map(str, shapes))} do not have the same number of "
+                f"rows, so that no replica's part of them is known. {ALIKE}",
+                where=self.where,
+            )
+        return next(iter(counts), 0)
+
+
+class WholeRowsCall:
+    """The `call` of a layer that looks at several rows: on the rows of all replicas, by each.
+
+    Forward one all-gather of each input, backward one of each output's gradient.
+    """
+
+    def __init__(self, layer: Any):
+        self.original = layer.call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replicas = current_replicas()
+        if replicas is None or is_symbolic():
+            return self.original(*args, **kwargs)
+
+        def whole(leaf: Any) -> Any:
+            if not _has_rows(leaf) or leaf.shape[0] != replicas.rows:
+                return leaf
+            return with_mask(leaf, replicas.gather)
+
+        def mine(leaf: Any) -> Any:
+            if not _has_rows(leaf) or leaf.shape[0] != replicas.total:
+                return leaf
+            return with_mask(leaf, replicas.take)
+
+        args, kwargs = keras.tree.map_structure(whole, (args, kwargs))
+        with on_rows_of(None):
+            outputs = self.original(*args, **kwargs)
+        return keras.tree.map_structure(mine, outputs)
+
+
+_ALIKE: list[bool] = []
+
+
+@contextlib.contextmanager
+def computing_alike() -> Iterator[None]:
+    """While open, every replica computes all rows, and models do not share them out."""
+    _ALIKE.append(True)
+    try:
+        yield
+    finally:
+        _ALIKE.pop()
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray | torch.Tensor) and leaf.ndim > 0

@@ -1,0 +1,159 @@
+"""What Keras does that looks at more rows than one, while each replica has its own.
+
+Random numbers are drawn for the rows of all replicas, of which each takes its
+own: the masks are those of one process, on any number of ranks. The statistics
+of BatchNormalization are summed over the replicas. Losses that layers add are
+averaged over all rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import torch
+from keras.src.backend.torch import random as backend_random
+from keras.src.backend.torch.core import get_device
+
+from keras_tp.seam.layers import Owner
+from keras_tp.seam.variables import Replicas, current_replicas
+
+# Of `keras.src.backend.torch.random`: what is given a shape first, and what a tensor.
+_OF_A_SHAPE = "normal", "uniform", "randint", "truncated_normal", "gamma", "binomial", "beta"
+_OF_A_TENSOR = "categorical", "shuffle"
+
+
+def hook_random() -> None:
+    """Has Keras draw random numbers for the rows of all replicas. Idempotent."""
+    if hasattr(backend_random.normal, "_keras_tp"):
+        return
+    for name in _OF_A_SHAPE:
+        setattr(backend_random, name, _hooked(getattr(backend_random, name), _shaped_like_rows))
+    for name in _OF_A_TENSOR:
+        setattr(backend_random, name, _hooked(getattr(backend_random, name), _of_all_rows))
+    backend_random.dropout = _hooked(backend_random.dropout, _dropout)
+
+
+def _hooked(original: Callable[..., Any], on_rows: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        replicas = current_replicas()
+        if replicas is None or get_device() == "meta":
+            return original(*args, **kwargs)
+        return on_rows(original, replicas, *args, **kwargs)
+
+    draw._keras_tp = True  # type: ignore[attr-defined]
+    return draw
+
+
+def _shaped_like_rows(
+    original: Callable[..., Any], replicas: Replicas, shape: Any, *args: Any, **kwargs: Any
+) -> Any:
+    shape = tuple(shape)
+    if not shape or shape[0] != replicas.rows:
+        return original(shape, *args, **kwargs)
+
+    def whole(leaf: Any) -> Any:  # parameters of a distribution may come by row
+        rows = isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (replicas.rows,)
+        return replicas.gather(leaf) if rows and leaf.dim() == len(shape) else leaf
+
+    args, kwargs = keras.tree.map_structure(whole, (args, kwargs))
+    return replicas.take(original((replicas.total, *shape[1:]), *args, **kwargs))
+
+
+def _of_all_rows(
+    original: Callable[..., Any], replicas: Replicas, x: Any, *args: Any, **kwargs: Any
+) -> Any:
+    x = keras.ops.convert_to_tensor(x)
+    if x.shape[:1] != (replicas.rows,):
+        return original(x, *args, **kwargs)
+    return replicas.take(original(replicas.gather(x), *args, **kwargs))
+
+
+def _dropout(
+    original: Callable[..., Any],
+    replicas: Replicas,
+    inputs: Any,
+    rate: Any,
+    noise_shape: Any = None,
+    seed: Any = None,
+) -> Any:
+    inputs = keras.ops.convert_to_tensor(inputs)
+    if inputs.shape[:1] != (replicas.rows,) or rate in (0.0, 1.0):
+        return original(inputs, rate, noise_shape, seed)
+    if noise_shape is not None and noise_shape[0] == replicas.rows:
+        noise_shape = (replicas.total, *noise_shape[1:])
+    ones = torch.ones((), dtype=inputs.dtype, device=inputs.device)
+    ones = ones.expand(replicas.total, *inputs.shape[1:])
+    kept = replicas.take(original(ones, rate, noise_shape, seed)) != 0
+    return torch.where(kept, inputs / (1.0 - rate), 0)
+
+
+def share_statistics(layer: Any) -> None:
+    """Has a BatchNormalization take the moments of the rows of all replicas.
+
+    Forward one all-reduce of the sums (with a mask two), backward one of their gradients.
+    """
+    original = layer._moments
+
+    @functools.wraps(original)
+    def _moments(inputs: Any, mask: Any) -> Any:
+        replicas = current_replicas()
+        if replicas is None or 0 not in layer._reduction_axes:
+            return original(inputs, mask)
+        dims = list(layer._reduction_axes)
+        if mask is None:
+            return _mean_and_variance(inputs, dims, replicas)
+        mask = torch.broadcast_to(mask.unsqueeze(-1), inputs.shape).bool()
+        total = torch.where(mask, inputs, 0).sum(dims, keepdim=True)
+        count = mask.to(inputs.dtype).sum(dims, keepdim=True)
+        total, count = replicas.sum(torch.stack([total, count])).unbind()
+        count = count + keras.config.epsilon()
+        mean = total / count
+        squares = torch.where(mask, inputs - mean, 0).square().sum(dims, keepdim=True)
+        variance = replicas.sum(squares) / count
+        return mean.squeeze(), variance.squeeze()
+
+    layer._moments = _moments
+
+
+def _mean_and_variance(x: Any, dims: list[int], replicas: Replicas) -> Any:
+    # As Keras's `ops.moments` on torch: E[x^2] - E[x]^2, of float16 in float32.
+    dtype = x.dtype
+    x = x.float() if dtype == torch.float16 else x
+    count = math.prod(x.shape[dim] for dim in dims if dim) * replicas.total
+    sums = replicas.sum(torch.stack([x.sum(dims), x.square().sum(dims)])) / count
+    mean, variance = sums[0], sums[1] - sums[0].square()
+    if dtype == torch.float16:
+        limits = torch.finfo(torch.float16)
+        mean, variance = (t.clip(limits.min, limits.max).to(dtype) for t in (mean, variance))
+    return mean, variance
+
+
+def average_losses(owners: Iterable[Owner], replicas: Replicas) -> None:
+    """Makes losses that layers have added those of all rows: the mean, weighted by rows.
+
+    One all-reduce for all. A loss that sums over rows is not what Keras's own
+    penalties are, and is found by the proof (`keras_tp.proof`).
+    """
+    added = [(o.layer._losses, i) for o in owners for i in range(len(o.layer._losses))]
+    if not added:
+        return
+    values = [losses[i] for losses, i in added]
+    means = replicas.mean(torch.stack([v.reshape(()) for v in values]))
+    for (losses, i), mean, value in zip(added, means.unbind(), values, strict=True):
+        losses[i] = mean.reshape(value.shape).to(value.dtype)
+
+
+def with_mask(
+    tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """`change(tensor)`, with the mask that Keras has put on `tensor` changed likewise."""
+    changed = change(tensor)
+    mask = getattr(tensor, "_keras_mask", None)
+    if mask is not None:
+        changed._keras_mask = change(mask)  # type: ignore[attr-defined]
+    return changed
