@@ -202,15 +202,35 @@ _TRAVEL = {
 
 
 def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
-    # Chunks of torch.chunk's rule differ only at the end; they travel padded to
-    # the first one's size because gloo and NCCL want equal sizes.
-    sizes = [chunk_bounds(total, axis.size, rank)[1] for rank in range(axis.size)]
-    assert x.shape[dim] == sizes[axis.rank], (x.shape, dim, total, axis.rank)
-    if x.shape[dim] < sizes[0]:
+    return join(x, dim, chunk_sizes(total, axis), axis)
+
+
+def chunk_sizes(total: int, axis: Axis) -> tuple[int, ...]:
+    """Size of each position's chunk of `total`, by `chunk_bounds`."""
+    return tuple(chunk_bounds(total, axis.size, rank)[1] for rank in range(axis.size))
+
+
+def padded(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """`x`, contiguous, zeros after it up to `size` along `dim`: gloo and NCCL want equal sizes."""
+    if x.shape[dim] < size:
         padding = list(x.shape)
-        padding[dim] = sizes[0] - x.shape[dim]
+        padding[dim] = size - x.shape[dim]
         x = torch.cat([x, x.new_zeros(padding)], dim)
-    x = x.contiguous()
+    return x.contiguous()
+
+
+def join(x: torch.Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> torch.Tensor:
+    """Every rank's `x` joined along `dim`, the ranks in order of position; one all-gather.
+
+    The collective alone, which autograd does not see.
+
+    Args:
+        x: this rank's part, `sizes[axis.rank]` long in `dim`.
+        dim: from 0.
+        sizes: size of each position's part in `dim`; any may be 0.
+    """
+    assert x.shape[dim] == sizes[axis.rank], (x.shape, dim, sizes, axis.rank)
+    x = padded(x, dim, max(sizes))
     # (Only what cannot travel otherwise goes as bytes: torch's compiler gets the views wrong.)
     mine = x if x.dtype in _TRAVEL else x.reshape(-1).view(torch.uint8)
     parts = [torch.empty_like(mine) for _ in sizes]
