@@ -89,9 +89,7 @@ def _plan_variable(
     )
 
 
-def _axes_in_words(
-    plans: list[VariablePlan], mesh: MeshShape, replicas: str | None
-) -> list[str]:
+def _axes_in_words(plans: list[VariablePlan], mesh: MeshShape, replicas: str | None) -> list[str]:
     used = {axis for v in plans for axis in v.layout}
     notes = []
     for axis, size in zip(mesh.axes, mesh.sizes, strict=True):

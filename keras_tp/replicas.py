@@ -20,13 +20,14 @@ import keras
 import numpy as np
 import torch
 
-from keras_tp.buckets import summed
-from keras_tp.collectives import Axis, gather_rows, reduce, split_rows, sum_over
+from keras_tp.buckets import Buckets, summed
+from keras_tp.collectives import Axis, reduce
 from keras_tp.errors import LayoutError
 from keras_tp.layouts import row_counts
 from keras_tp.proof import ROWS, prove_rows
 from keras_tp.rounding import Nudge
-from keras_tp.seam.layers import Owner
+from keras_tp.row_collectives import gather_rows, split_rows, sum_over
+from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rows import average_losses, with_mask
 from keras_tp.seam.variables import (
     current_replicas,
@@ -37,7 +38,6 @@ from keras_tp.seam.variables import (
     on_rows_of,
 )
 
-
 ALIKE = "With batch_axis=None every replica computes all rows."
 
 
@@ -47,16 +47,19 @@ class Replicas:
     Args:
         axis: along which they stand.
         counts: rows of each.
+        variables: those of the model, in the order in which it is expected to use them.
     """
 
-    def __init__(self, axis: Axis, counts: tuple[int, ...]):
+    def __init__(self, axis: Axis, counts: tuple[int, ...], variables: Sequence[Any]):
         self.along = axis
         self.counts = counts
         self.axis = axis.name
         self.rows = counts[axis.rank]
         self.total = sum(counts)
         self.start = sum(counts[: axis.rank])
-        self._own: dict[int, torch.Tensor] = {}
+        whole = [v for v in variables if not cut_along(v, self.axis)]
+        self._buckets = Buckets([local_tensor(v) for v in whole], axis)
+        self._renewed: dict[int, torch.Tensor] = {}
 
     def own(self, variable: Any) -> torch.Tensor:
         """What this rank stores of a variable; backward, the sum of the replicas' gradients.
@@ -69,14 +72,16 @@ class Replicas:
             return stored
         if cut_along(variable, self.axis):
             return stored
-        # Once in a call, however often it is read: one sum of what all readers give.
-        if id(variable) not in self._own:
-            self._own[id(variable)] = summed(stored, self.along)
-        return self._own[id(variable)]
+        if id(variable) in self._renewed:
+            return self._renewed[id(variable)]
+        return summed(stored, self.along, self._buckets)
 
     def renew(self, variable: Any) -> None:
         """What was read before stays the old value's, what is read from now on is the new one's."""
-        self._own.pop(id(variable), None)
+        stored = local_tensor(variable)
+        if stored.requires_grad and not cut_along(variable, self.axis):
+            with torch.enable_grad():
+                self._renewed[id(variable)] = summed(stored, self.along)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return sum_over(x, self.along)
@@ -107,6 +112,7 @@ class RowsCall:
         self.original = model.call
         self.axis = axis
         self.owners = owners
+        self.variables = variables_of(owners)
         self.proven: set[bool] = set()  # with and without training
         self.where = f"model '{model.name}', whose rows are shared out along axis '{axis.name}'"
 
@@ -143,7 +149,7 @@ class RowsCall:
         prove_rows(self.owners, call, self.where)
 
     def _share_out(self, args: Any, kwargs: Any, counts: tuple[int, ...]) -> Any:
-        replicas = Replicas(self.axis, counts)
+        replicas = Replicas(self.axis, counts, self.variables)
 
         def mine(leaf: Any) -> Any:
             if not _has_rows(leaf):

@@ -35,7 +35,9 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
     )
     owners = walk_layers(model)
     mode = Mode()
-    calls = [_CheckedCall(o, mode) for o in owners if isinstance(getattr(*_place(o.layer)), _Planned)]
+    calls = [
+        _CheckedCall(o, mode) for o in owners if isinstance(getattr(*_place(o.layer)), _Planned)
+    ]
     with restored(owners), _batches_compared(model), _in_place(calls):
         unequal = _unequal_weights(owners)
         with torch.no_grad():
@@ -122,5 +124,3 @@ def _unequal_weights(owners: list[Owner]) -> list[str]:
             each = ", ".join(f"rank {rank} {prints[i]}" for rank, prints in enumerate(everywhere))
             unequal.append(f"{variable.path}: {each}")
     return unequal
-
-

@@ -119,9 +119,7 @@ def test_gradients_are_those_of_all_rows(ranks: Any, size: int) -> None:
 
 def several_dtypes() -> list[str]:
     axis, kinds = axis_of(2), [torch.float64, torch.float32, torch.bfloat16, torch.complex64]
-    parameters = [
-        torch.nn.Parameter(torch.ones(3 + i % 7, dtype=kinds[i % 4])) for i in range(40)
-    ]
+    parameters = [torch.nn.Parameter(torch.ones(3 + i % 7, dtype=kinds[i % 4])) for i in range(40)]
     buckets = Buckets(parameters, axis, 64, 128)
     loss = torch.zeros((), dtype=torch.float64)
     for i, parameter in enumerate(parameters):
@@ -331,7 +329,9 @@ def hooks() -> list[Any]:
         del replica.mine[len(replica.one) :]
         assert len(seen["one"]) == 2
         found += [replica.difference(), *(far(a, b) for a in seen["one"] for b in seen["mine"])][:1]
-        found += [min(apart([a], [b]) for b in seen["mine"] if b.shape == a.shape) for a in seen["one"]]
+        found += [
+            min(apart([a], [b]) for b in seen["mine"] if b.shape == a.shape) for a in seen["one"]
+        ]
     return found
 
 

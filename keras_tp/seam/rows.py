@@ -148,9 +148,7 @@ def average_losses(owners: Iterable[Owner], replicas: Replicas) -> None:
         losses[i] = mean.reshape(value.shape).to(value.dtype)
 
 
-def with_mask(
-    tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def with_mask(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """`change(tensor)`, with the mask that Keras has put on `tensor` changed likewise."""
     changed = change(tensor)
     mask = getattr(tensor, "_keras_mask", None)
