@@ -15,6 +15,7 @@ and costs nothing.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,13 +203,25 @@ _TRAVEL = {
 
 
 def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
-    # Chunks of torch.chunk's rule differ only at the end; they travel padded to
-    # the first one's size because gloo and NCCL want equal sizes.
     sizes = [chunk_bounds(total, axis.size, rank)[1] for rank in range(axis.size)]
-    assert x.shape[dim] == sizes[axis.rank], (x.shape, dim, total, axis.rank)
-    if x.shape[dim] < sizes[0]:
+    return gather_sizes(x, dim, sizes, axis)
+
+
+def gather_sizes(x: torch.Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> torch.Tensor:
+    """What every rank of the axis holds, joined along `dim` (one all-gather); no gradient.
+
+    Args:
+        x: this rank's part, of any dtype, on the device that the ranks talk on.
+        dim: from 0.
+        sizes: size of `dim` on every rank, in the order of the axis; other dims are equal.
+    """
+    # Parts of different sizes travel padded to the largest, because gloo and NCCL
+    # want equal ones.
+    assert x.shape[dim] == sizes[axis.rank], (x.shape, dim, sizes, axis.rank)
+    largest = max(sizes)
+    if x.shape[dim] < largest:
         padding = list(x.shape)
-        padding[dim] = sizes[0] - x.shape[dim]
+        padding[dim] = largest - x.shape[dim]
         x = torch.cat([x, x.new_zeros(padding)], dim)
     x = x.contiguous()
     # (Only what cannot travel otherwise goes as bytes: torch's compiler gets the views wrong.)
@@ -219,3 +232,17 @@ def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tens
         parts = [part.view(x.dtype).reshape(x.shape) for part in parts]
     placed = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
     return torch.cat(placed, dim)
+
+
+def gather_numbers(numbers: Sequence[int], axis: Axis | None = None) -> list[list[int]]:
+    """Each rank's `numbers`, in the order of the axis, or of the job's ranks (one all-gather).
+
+    Args:
+        numbers: as many on every rank, each of 63 bits.
+    """
+    mine = torch.tensor(numbers, dtype=torch.int64, device=control_device())
+    group = dist.group.WORLD if axis is None else axis.group
+    everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everywhere, mine, group=group)
+    found = torch.stack(everywhere).tolist()
+    return found if axis is None else [found[rank] for rank in axis.order]
