@@ -87,11 +87,11 @@ class Rows(torch.Tensor):
     def gathered(self) -> torch.Tensor:
         """All rows, where they were gathered: on the GPU if ranks talk by NCCL. See `whole`."""
         if self._gathered is None:
-            if self._source is not None and not self._source[0].written:
+            if self._local.is_meta:
+                self._gathered = self._local.new_empty(self.shape)
+            elif self._source is not None and not self._source[0].written:
                 source, convert = self._source
                 self._gathered = convert(source.gathered())
-            elif self._local.is_meta:
-                self._gathered = self._local.new_empty(self.shape)
             else:
                 there = control_device().type == "cuda" and not self._local.is_cuda
                 local = self._local.to(control_device()) if there else self._local
@@ -106,27 +106,27 @@ class Rows(torch.Tensor):
             return self
         if not isinstance(local, torch.Tensor):
             return local
-        return type(self)._make(local, self._counts, self._axis, (self, convert))
+        return self._make(local, self._counts, self._axis, (self, convert))
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        named = kwargs or {}
         if args and isinstance(args[0], cls):
             rows, rest = args[0], args[1:]
             if func in OF_THE_SHAPE:
-                return super().__torch_function__(func, types, args, kwargs)
+                return super().__torch_function__(func, types, args, named)
             if func in _CONVERSIONS:
-                return rows.converted(lambda tensor: func(tensor, *rest, **kwargs))
+                return rows.converted(lambda tensor: func(tensor, *rest, **named))
             if func in _OF_GRADIENTS:
                 raise ValueError(
                     f"{rows!r} takes no gradient: its rows are shared out over "
                     f"{len(rows.counts)} replicas. x.clone() gives the whole batch as a tensor "
                     "that does."
                 )
-        args, kwargs = tree_map_only(cls, lambda rows: rows.whole(), (args, kwargs))
-        return func(*args, **(kwargs or {}))
+        args, named = tree_map_only(cls, lambda rows: rows.whole(), (args, named))
+        return func(*args, **named)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -36,6 +36,7 @@ DECIDE = {
 }
 SEAM = {
     "seam.__init__",
+    "seam.data",
     "seam.layers",
     "seam.optimizers",
     "seam.trials",
@@ -44,11 +45,15 @@ SEAM = {
 }
 ACT = {
     "agreement",
+    "batches",
     "calls",
     "collectives",
     "data",
+    "loaders",
     "mesh",
+    "rows",
     "shards",
+    "sources",
     "styles",
     "training",
     "verification",
