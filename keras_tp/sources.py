@@ -188,9 +188,9 @@ class _Parts:
                 f"{where}: rank {rank} (replica {replicas[rank]}) has rows of other shapes or "
                 f"dtypes than rank 0; here they are {kind}. Pad samples to one shape."
             )
-        by_replica = dict(zip(replicas, counts, strict=True))
+        by_replica: dict[int, int] = {}
         for rank, (replica, count) in enumerate(zip(replicas, counts, strict=True)):
-            if count != by_replica[replica]:
+            if count != by_replica.setdefault(replica, count):
                 raise ValueError(
                     f"{where}: rank {rank} has {count} rows where another rank of replica "
                     f"{replica} has {by_replica[replica]}. The ranks of one replica must be fed "

@@ -42,9 +42,9 @@ def test_every_row_is_one_replicas(total: int, replicas: int) -> None:
     assert sorted(counts, reverse=True) == list(counts)
 
 
-def batch_axis(**sizes: int) -> Axis:
-    shape = keras_tp.device_mesh(sizes or {"batch": 2})
-    return Axis.of(torch_mesh(MeshShape.from_keras(shape)), "batch")
+def batch_axis() -> Axis:
+    mesh = keras_tp.device_mesh({"batch": 2})
+    return Axis.of(torch_mesh(MeshShape.from_keras(mesh)), "batch")
 
 
 def made(dtype: torch.dtype = torch.float32) -> tuple[Rows, torch.Tensor]:
@@ -245,13 +245,15 @@ def test_a_model_is_given_rows_in_its_compute_dtype(ranks: Any) -> None:
 
 
 def placed() -> list[list[float]]:
-    axis = batch_axis(model=2, batch=2)
+    names = ["cpu:3", "cpu:1", "cpu:2", "cpu:0"]  # the batch axis joins 3 and 2, and 1 and 0
+    mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], names)
+    axis = Axis.of(torch_mesh(MeshShape.from_keras(mesh)), "batch")
     local = torch.full((1 + axis.rank, 1), float(axis.rank))
     return Rows.of(local, (1, 2), axis).tolist()
 
 
-def test_rows_are_those_along_the_batch_axis(ranks: Any) -> None:
-    """Gathered over another axis, a batch would hold one replica's rows twice.
+def test_rows_are_in_the_order_of_the_batch_axis(ranks: Any) -> None:
+    """A mesh may have its ranks in any order, a group has them in ascending order.
 
     Seen to fail with the group's order in place of the axis's.
     """

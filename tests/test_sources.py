@@ -349,7 +349,7 @@ def test_parts_of_any_size_make_whole_batches(ranks: Any) -> None:
 
 
 def fails_second() -> Iterator[Any]:
-    yield np.zeros((2, 1))
+    yield np.zeros((2, 1), "float32")
     raise OSError("no such file")
 
 
@@ -415,6 +415,12 @@ class Processes:
     _is_multi_process = True
     auto_shard_dataset = True
 
+    def get_tensor_layout(self, path: str) -> None:
+        return None
+
+    def get_variable_layout(self, variable: Any) -> None:
+        return None
+
 
 def regression() -> Any:
     keras.utils.set_random_seed(0)
@@ -460,7 +466,8 @@ def fitted_on_ranks() -> Any:
         finally:
             keras.distribution.set_distribution(None)
     # 11 samples: 2 epochs of 3 batches, 2 of 4 to validate, 3 to predict.
-    assert [type(x) for x in seen if not isinstance(x, keras.KerasTensor)] == [Rows] * 17
+    given = [type(x) for x in seen if not isinstance(x, keras.KerasTensor) and not x.is_meta]
+    assert given == [Rows] * 17
     unhook_data()
     return told
 
@@ -528,7 +535,7 @@ def test_data_shared_out_already_are_put_together(ranks: Any) -> None:
         assert "rank 0 has 2 batches, rank 1 (replica 1) 1" in told[5]
 
 
-def test_without_sharing_keras_does_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sharing_keras_does_as_ever() -> None:
     """A hook that stays in force would change models that are not parallelized."""
     from keras.src.trainers import data_adapters
 
@@ -571,7 +578,7 @@ class IterableBatches(IterableDataset):
 
 
 def test_sources_of_whole_batches_are_read_whole(ranks: Any) -> None:
-    """Whoever cuts a generator's batches twice, or drops some, has other losses than one process."""
+    """Batches of a generator that are cut twice, or dropped, have other losses."""
     model = regression()
     expected = model.evaluate(Batches(), verbose=0)
     for told in ranks(2)(generated):
