@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from keras_tp.collectives import all_equal
+from keras_tp.collectives import Axis, all_equal, gather_numbers
 from keras_tp.errors import LayoutError
 from keras_tp.plans import Plan
 from keras_tp.seam.variables import is_symbolic
@@ -27,7 +28,7 @@ def check_plans(plan: Plan, optimizer: Any) -> None:
     lines = [f"mesh {plan.mesh}", *map(str, plan.variables), *map(str, plan.layers)]
     built = getattr(optimizer, "built", False)
     lines.append(f"{type(optimizer).__name__}, {'with' if built else 'without'} slots")
-    different = _first_difference(lines)
+    different = first_difference(lines)
     if different is not None:
         first, rank, other = different
         raise LayoutError(
@@ -62,7 +63,7 @@ class AgreedBatches:
         if self.seen & (self.seen - 1):
             return
         leaves = keras.tree.flatten(batch)
-        different = _first_difference([fingerprint(leaf) for leaf in leaves if _is_array(leaf)])
+        different = first_difference([fingerprint(leaf) for leaf in leaves if _is_array(leaf)])
         if different is not None:
             first, rank, other = different
             raise ValueError(
@@ -71,6 +72,54 @@ class AgreedBatches:
                 "made-up data before it is made (keras.utils.set_random_seed), read files in one "
                 "order, draw no random numbers on one rank alone, and do not share out the rows."
             )
+
+
+class AgreedParts:
+    """Raises ValueError on every rank if replicas or their ranks read what does not fit together.
+
+    Made for the 1st, 2nd, 4th, 8th, ... batch, as `AgreedBatches` is.
+
+    Args:
+        axis: the batch axis.
+    """
+
+    def __init__(self, axis: Axis):
+        self.axis = axis
+        self.seen = 0
+
+    def check(
+        self, batch: Any, lines: Sequence[str] = (), remedy: str = "", cut: bool = True
+    ) -> None:
+        """Collective, every so often: a small all-reduce and a small all-gather over the job.
+
+        Args:
+            batch: any nest of arrays; those of all ranks of one replica must be equal.
+            lines: what must be the same on every rank.
+            remedy: what to do where it is not.
+            cut: False if the batch is not shared out, and so the same on every rank.
+        """
+        self.seen += 1
+        if self.seen & (self.seen - 1):
+            return
+        different = first_difference(list(lines)) if lines else None
+        if different is not None:
+            first, rank, other = different
+            raise ValueError(
+                f"ranks read different data: rank 0 has {first} where rank {rank} has {other}. "
+                f"{remedy}"
+            )
+        leaves = [fingerprint(leaf) for leaf in keras.tree.flatten(batch) if _is_array(leaf)]
+        replica = self.axis.rank if cut else 0
+        told = gather_numbers([replica, zlib.crc32("\n".join(leaves).encode())])
+        firsts: dict[int, tuple[int, int]] = {}
+        for rank, (replica, checksum) in enumerate(told):
+            first_rank, expected = firsts.setdefault(replica, (rank, checksum))
+            if checksum != expected:
+                raise ValueError(
+                    f"ranks {first_rank} and {rank} compute the same rows of a batch (replica "
+                    f"{replica}) and read different ones: their data sets differ, or draw random "
+                    "numbers that are seeded by the clock or the process."
+                )
 
 
 class AgreedInputs:
@@ -85,7 +134,7 @@ class AgreedInputs:
         return self.original(*args, **kwargs)
 
 
-def _first_difference(lines: list[str]) -> tuple[str, int, str] | None:
+def first_difference(lines: list[str]) -> tuple[str, int, str] | None:
     """The first line that is not the same on every rank: rank 0's, another rank, and its."""
     if all_equal(hashlib.sha256("\n".join(lines).encode()).digest()):
         return None

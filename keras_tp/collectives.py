@@ -15,6 +15,7 @@ and costs nothing.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,3 +240,17 @@ def join(x: torch.Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> torch
         parts = [part.view(x.dtype).reshape(x.shape) for part in parts]
     placed = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
     return torch.cat(placed, dim)
+
+
+def gather_numbers(numbers: Sequence[int], axis: Axis | None = None) -> list[list[int]]:
+    """Each rank's `numbers`, in the order of the axis, or of the job's ranks (one all-gather).
+
+    Args:
+        numbers: as many on every rank, each of 63 bits.
+    """
+    mine = torch.tensor(numbers, dtype=torch.int64, device=control_device())
+    group = dist.group.WORLD if axis is None else axis.group
+    everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everywhere, mine, group=group)
+    found = torch.stack(everywhere).tolist()
+    return found if axis is None else [found[rank] for rank in axis.order]

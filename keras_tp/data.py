@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from keras_tp.errors import LayoutError
-from keras_tp.layouts import MeshShape, chunk_bounds
+from keras_tp.layouts import MeshShape, row_bounds
 from keras_tp.mesh import job_rank
 
 
@@ -52,7 +52,10 @@ class DataSharder:
         )
 
     def __call__(self, batch: Any) -> Any:
-        """This rank's rows of every array in `batch`, cut by `torch.chunk`'s rule.
+        """This rank's rows of every array in `batch`, cut by `row_bounds`' rule.
+
+        Replicas get equally many rows, the first ones one more where that does not
+        come out even. A batch of fewer rows than replicas goes whole to each.
 
         Raises:
             ValueError: arrays of different lengths: then the rows of one replica
@@ -75,7 +78,7 @@ class DataSharder:
         def take(leaf: Any) -> Any:
             if not _has_rows(leaf):
                 return leaf
-            start, count = chunk_bounds(len(leaf), replicas, replica)
+            start, count = row_bounds(len(leaf), replicas, replica)
             return leaf[start : start + count]
 
         return keras.tree.map_structure(take, batch)

@@ -90,17 +90,32 @@ def chunk_bounds(total: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(size, total - start)
 
 
-def row_counts(total: int, replicas: int) -> tuple[int, ...]:
-    """Rows of each replica when a batch of `total` is shared out: as equal as can be.
+def row_bounds(total: int, replicas: int, index: int) -> tuple[int, int]:
+    """First row and number of rows of replica `index` when a batch of `total` rows is shared out.
 
-    Unlike `chunk_bounds` it leaves no replica without a row, if there are as
-    many as replicas.
+    The cut is balanced, and so another than `chunk_bounds`: every replica gets a
+    row wherever there are as many rows as replicas, and none computes more than
+    one row longer than another. Where there are fewer, nothing is cut: each
+    replica computes all rows.
+
+    >>> [row_bounds(10, 4, i) for i in range(4)]
+    [(0, 3), (3, 3), (6, 2), (8, 2)]
+    >>> [row_bounds(3, 4, i) for i in range(4)]
+    [(0, 3), (0, 3), (0, 3), (0, 3)]
+    """
+    if total < replicas:
+        return 0, total
+    count, longer = divmod(total, replicas)
+    return index * count + min(index, longer), count + (index < longer)
+
+
+def row_counts(total: int, replicas: int) -> tuple[int, ...]:
+    """Number of rows that each replica computes of a batch of `total` rows; see `row_bounds`.
 
     >>> row_counts(10, 4)
     (3, 3, 2, 2)
     """
-    some, more = divmod(total, replicas)
-    return tuple(some + (index < more) for index in range(replicas))
+    return tuple(row_bounds(total, replicas, index)[1] for index in range(replicas))
 
 
 def placements_of(layout: Layout, mesh: MeshShape) -> tuple[Placement, ...]:

@@ -44,11 +44,15 @@ def test_nests_keep_their_structure_and_types(monkeypatch: pytest.MonkeyPatch) -
     assert found[2:] == ("text", 3.5)
 
 
-def test_more_replicas_than_rows_leave_some_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uneven batches follow the one rule, or replicas and outputs would not line up."""
+def test_uneven_batches_are_cut_evenly_and_short_ones_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A replica without a row has nothing to run the model on, and others too much."""
     mesh = keras_tp.device_mesh({"batch": 4})
+    parts = [rows_of(mesh, rank, np.arange(10), monkeypatch).tolist() for rank in range(4)]
+    assert parts == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
     parts = [rows_of(mesh, rank, np.arange(3), monkeypatch).tolist() for rank in range(4)]
-    assert parts == [[0], [1], [2], []]
+    assert parts == [[0, 1, 2]] * 4
 
 
 def test_another_axis_name_and_meshes_without_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ DECIDE = {
 }
 SEAM = {
     "seam.__init__",
+    "seam.data",
     "seam.layers",
     "seam.optimizers",
     "seam.trials",
@@ -45,13 +46,17 @@ SEAM = {
 ACT = {
     "agreement",
     "buckets",
+    "batches",
     "calls",
     "collectives",
     "data",
+    "loaders",
     "mesh",
     "places",
     "row_collectives",
+    "rows",
     "shards",
+    "sources",
     "styles",
     "training",
     "verification",

@@ -51,7 +51,7 @@ class FullWeight(torch.Tensor):
             if func in _OF_THE_GRADIENT and weight._tracked:
                 answer = func(weight._variable._value, *args[1:], **kwargs)
                 return weight if answer is weight._variable._value else answer
-            if func in _OF_THE_SHAPE:
+            if func in OF_THE_SHAPE:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if func in _DETACHED:
@@ -143,7 +143,7 @@ class WeightView(torch.Tensor):
                 raise write_error(leaf._path, f"torch's {name}")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        return result if func in _OF_THE_SHAPE else _only_read(result, views, views[0]._path, name)
+        return result if func in OF_THE_SHAPE else _only_read(result, views, views[0]._path, name)
 
 
 def was_written(weight: torch.Tensor) -> bool:
@@ -211,7 +211,7 @@ _OF_THE_GRADIENT = {
     *_methods("register_hook", "register_post_accumulate_grad_hook"),
 }
 # What is known without any value. (A gradient of what is detached is None.)
-_OF_THE_SHAPE = {
+OF_THE_SHAPE = {
     *_getters("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
     *_getters("grad", "grad_fn", "is_leaf", "requires_grad"),
     *_getters("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested"),
