@@ -20,6 +20,7 @@ import torch.distributed as dist
 from keras_tp.collectives import Axis, all_equal, gather_numbers
 from keras_tp.errors import LayoutError
 from keras_tp.plans import Plan
+from keras_tp.rows import Rows
 from keras_tp.seam.variables import is_symbolic
 
 
@@ -62,8 +63,10 @@ class AgreedBatches:
         self.seen += 1
         if self.seen & (self.seen - 1):
             return
-        leaves = keras.tree.flatten(batch)
-        different = first_difference([fingerprint(leaf) for leaf in leaves if _is_array(leaf)])
+        leaves = [leaf for leaf in keras.tree.flatten(batch) if _is_array(leaf)]
+        # Rows that replicas have read were compared as they were read (`AgreedParts`).
+        whole = [leaf for leaf in leaves if not isinstance(leaf, Rows)]
+        different = first_difference([fingerprint(leaf) for leaf in whole])
         if different is not None:
             first, rank, other = different
             raise ValueError(

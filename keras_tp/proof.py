@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import keras
@@ -23,46 +23,57 @@ from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
 from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
 from keras_tp.seam.layers import Owner, states_of, variables_of
+from keras_tp.seam.rows import recorded_draws
 from keras_tp.seam.trials import nudged_weights, restored
 from keras_tp.seam.variables import current_replicas, local_tensor
 
 ROWS = 2  # of each replica
 NUDGES = 2
 
-# Calls the model on these rows, as replicas do or all alike, with what is done to inputs.
-Call = Callable[[bool, Nudge], Any]
+Shapes = Set[tuple[int, ...]]
+# Calls the model on some rows, nudged, with the shapes of what is not drawn by row; with
+# None for them, on every rank alike.
+Call = Callable[[Nudge, Shapes | None], Any]
 
 
-def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> None:
+def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Shapes:
     """Raises LayoutError on every rank if the replicas' rows come out other than all rows do.
 
     Collective.
+
+    Returns:
+        The shapes in which random numbers were drawn for some rows and for all: what
+        has one of these is drawn whole, though it begin with the number of rows.
     """
     variables = variables_of(owners)
     unit = unit_of([o.layer.compute_dtype for o in owners])
     allowed = units_allowed(unit) * unit
 
-    def results(alike: bool, nudge: Nudge) -> list[torch.Tensor]:
+    def results(nudge: Nudge, fixed: Shapes | None) -> list[torch.Tensor]:
         nudged = nudged_weights(variables if nudge.unit else (), nudge)
         with restored(owners, trained=False), torch.no_grad(), nudged:
-            outputs = call(alike, nudge)
+            outputs = call(nudge, fixed)
             tensors = [*keras.tree.flatten(outputs), *owners[0].layer.losses]
             tensors += [local_tensor(v) for v in states_of(owners)]
             return [t.detach().clone() for t in tensors if isinstance(t, torch.Tensor)]
 
     still = Nudge(0.0, seed=0)
-    wanted, found = results(True, still), results(False, still)
-    nudged = [results(True, Nudge(unit, seed)) for seed in range(NUDGES)]
+    with recorded_draws(by_replicas=False) as whole:
+        wanted = results(still, None)
+    with recorded_draws(by_replicas=True) as some:
+        found = results(still, whole)
+    nudged = [results(Nudge(unit, seed), None) for seed in range(NUDGES)]
     gap = _largest_gap(wanted, found, nudged, unit)
     if gap > allowed:
         raise LayoutError(
             f"its rows are not computed alone: of {ROWS} rows on each replica, results differ by "
             f"{gap:.1e} (rounding: {allowed:.1e}) from those of all rows together. "
-            f"{_who_mixes(owners, call, allowed)} A layer with `layer.all_rows = True`, set before "
-            "it is parallelized, is given all rows on every replica; with batch_axis=None the "
-            "whole model is.",
+            f"{_who_mixes(owners, call, whole, allowed)} A layer with `layer.all_rows = True`, set "
+            "before it is parallelized, is given all rows on every replica; with batch_axis=None "
+            "the whole model is.",
             where=where,
         )
+    return whole & some
 
 
 def _largest_gap(
@@ -83,15 +94,15 @@ def _largest_gap(
     return worst.item()
 
 
-def _who_mixes(owners: Sequence[Owner], call: Call, allowed: float) -> str:
+def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, allowed: float) -> str:
     """The first layer whose outputs differ, in words. Collective."""
 
-    def outputs(alike: bool) -> list[tuple[str, torch.Tensor]]:
+    def outputs(shapes: Shapes | None) -> list[tuple[str, torch.Tensor]]:
         with restored(owners, trained=False), torch.no_grad(), _recorded(owners) as record:
-            call(alike, Nudge(0.0, seed=0))
+            call(Nudge(0.0, seed=0), shapes)
         return record
 
-    for (path, one), (_, other) in zip(outputs(True), outputs(False), strict=False):
+    for (path, one), (_, other) in zip(outputs(None), outputs(fixed), strict=False):
         if _largest_gap([one], [other], (), 0.0) > allowed:
             return f"The first layer whose outputs do is '{path}'."
     return "No layer's outputs do: look at losses it adds, or at how the model joins them."

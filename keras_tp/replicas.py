@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from keras_tp.buckets import Buckets, summed
-from keras_tp.collectives import Axis, reduce
+from keras_tp.collectives import Axis, join, reduce
 from keras_tp.errors import LayoutError
 from keras_tp.layouts import row_counts
-from keras_tp.proof import ROWS, prove_rows
+from keras_tp.proof import ROWS, Shapes, prove_rows
 from keras_tp.rounding import Nudge
 from keras_tp.row_collectives import gather_rows, split_rows, sum_over
+from keras_tp.rows import Rows
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rows import average_losses, with_mask
 from keras_tp.seam.variables import (
@@ -48,9 +49,17 @@ class Replicas:
         axis: along which they stand.
         counts: rows of each.
         variables: those of the model, in the order in which it is expected to use them.
+        fixed: shapes in which random numbers are drawn whatever the number of rows.
     """
 
-    def __init__(self, axis: Axis, counts: tuple[int, ...], variables: Sequence[Any]):
+    def __init__(
+        self,
+        axis: Axis,
+        counts: tuple[int, ...],
+        variables: Sequence[Any],
+        fixed: Shapes = frozenset(),
+    ):
+        self.fixed = fixed
         self.along = axis
         self.counts = counts
         self.axis = axis.name
@@ -113,7 +122,8 @@ class RowsCall:
         self.axis = axis
         self.owners = owners
         self.variables = variables_of(owners)
-        self.proven: set[bool] = set()  # with and without training
+        # Without and with training, the shapes of random numbers that are not drawn by row.
+        self.proven: dict[bool, Shapes] = {}
         self.where = f"model '{model.name}', whose rows are shared out along axis '{axis.name}'"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,14 +132,13 @@ class RowsCall:
         total = self._count_rows(args, kwargs)
         if total < self.axis.size:
             return self.original(*args, **kwargs)
-        counts = row_counts(total, self.axis.size)
+        counts = _counts_of((args, kwargs)) or row_counts(total, self.axis.size)
         training = bool(kwargs.get("training"))
         if training not in self.proven and not torch.compiler.is_compiling():
-            self._prove(args, kwargs, counts)
-            self.proven.add(training)
-        return self._share_out(args, kwargs, counts)
+            self.proven[training] = self._prove(args, kwargs, counts)
+        return self._share_out(args, kwargs, counts, self.proven.get(training, frozenset()))
 
-    def _prove(self, args: Any, kwargs: Any, counts: tuple[int, ...]) -> None:
+    def _prove(self, args: Any, kwargs: Any, counts: tuple[int, ...]) -> Shapes:
         few = min(ROWS, *counts)
         rows = [i for end in itertools.accumulate(counts) for i in range(end - few, end)]
 
@@ -138,24 +147,29 @@ class RowsCall:
                 return leaf
             if isinstance(leaf, np.ndarray):
                 return leaf[rows]
+            if isinstance(leaf, Rows):
+                local = leaf.local_rows[-few:]
+                return nudge(join(local, 0, (few,) * len(counts), self.axis))
             return with_mask(leaf, lambda t: nudge(t.detach()[rows]))
 
-        def call(alike: bool, nudge: Nudge) -> Any:
+        def call(nudge: Nudge, fixed: Shapes | None) -> Any:
             given = keras.tree.map_structure(lambda leaf: some(leaf, nudge), (args, kwargs))
-            if alike:
+            if fixed is None:
                 return self.original(*given[0], **given[1])
-            return self._share_out(*given, (few,) * len(counts))
+            return self._share_out(*given, (few,) * len(counts), fixed)
 
-        prove_rows(self.owners, call, self.where)
+        return prove_rows(self.owners, call, self.where)
 
-    def _share_out(self, args: Any, kwargs: Any, counts: tuple[int, ...]) -> Any:
-        replicas = Replicas(self.axis, counts, self.variables)
+    def _share_out(self, args: Any, kwargs: Any, counts: tuple[int, ...], fixed: Shapes) -> Any:
+        replicas = Replicas(self.axis, counts, self.variables, fixed)
 
         def mine(leaf: Any) -> Any:
             if not _has_rows(leaf):
                 return leaf
             if isinstance(leaf, np.ndarray):
                 return leaf[replicas.start : replicas.start + replicas.rows]
+            if isinstance(leaf, Rows):
+                return leaf.local_rows
             return with_mask(leaf, replicas.take)
 
         def joined(leaf: Any) -> Any:
@@ -230,6 +244,12 @@ def computing_alike() -> Iterator[None]:
         yield
     finally:
         _ALIKE.pop()
+
+
+def _counts_of(nest: Any) -> tuple[int, ...] | None:
+    """How many rows each replica has of inputs that are shared out already."""
+    shared = (leaf.counts for leaf in keras.tree.flatten(nest) if isinstance(leaf, Rows))
+    return next(shared, None)
 
 
 def _has_rows(leaf: Any) -> bool:

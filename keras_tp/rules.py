@@ -182,7 +182,7 @@ _MIXING = tuple(
     getattr(keras.layers, name)
     for name in (
         *("MixUp", "CutMix"),
-        *("RandAugment", "RandomElasticTransform", "RandomGaussianBlur"),
+        *("AugMix", "RandAugment", "RandomElasticTransform", "RandomGaussianBlur"),
         "TorchModuleWrapper",
     )
     if hasattr(keras.layers, name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import keras
 from torch.utils.data import DataLoader, IterableDataset
 
 from keras_tp.agreement import AgreedParts
@@ -36,6 +38,24 @@ def sharing_rows(axis: Axis | None, already_shared: bool = False) -> Iterator[No
         taken = feeding(lambda x: share_out(x, axis))
     with taken:
         yield
+
+
+def feed_rows(model: Any, axis: Axis) -> None:
+    """Has `model.fit`, `evaluate` and `predict` read what replicas can read of their rows alone."""
+    for name in ("fit", "evaluate", "predict"):
+        original = getattr(model, name, None)
+        if original is not None:  # a mere layer has none
+            setattr(model, name, _sharing(original, axis))
+
+
+def _sharing(original: Any, axis: Axis) -> Any:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        distribution = keras.distribution.distribution()
+        with sharing_rows(axis, not getattr(distribution, "auto_shard_dataset", True)):
+            return original(*args, **kwargs)
+
+    return call
 
 
 def share_out(x: Any, axis: Axis | None) -> Any:

@@ -106,7 +106,7 @@ def _rows(plan: Plan, layer: LayerPlan, marks: dict[str, str]) -> list[list[str]
         [str(c) for c in layer.backward] or ["-"],
         [mark],
     ]
-    if not variables:
+    if not variables and not layer.forward:
         return []
     return [list(row) for row in itertools.zip_longest(*columns, fillvalue="")]
 

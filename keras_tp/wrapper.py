@@ -33,6 +33,7 @@ from keras_tp.seam.variables import (
     shard_variable,
 )
 from keras_tp.shards import Shards
+from keras_tp.sources import feed_rows
 from keras_tp.styles import GatheredOnUse, make_style
 from keras_tp.training import adopt_optimizer, share_random_state
 
@@ -80,7 +81,9 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     adopt_optimizer(model, plan.mesh)
     if plan.batch_axis is not None:
         hook_random()
-        model.call = RowsCall(model, Axis.of(mesh, plan.batch_axis), owners)
+        replicas = Axis.of(mesh, plan.batch_axis)
+        model.call = RowsCall(model, replicas, owners)
+        feed_rows(model, replicas)
     if dist.get_world_size() > 1:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)

@@ -8,9 +8,10 @@ averaged over all rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -26,21 +27,54 @@ _OF_A_SHAPE = "normal", "uniform", "randint", "truncated_normal", "gamma", "bino
 _OF_A_TENSOR = "categorical", "shuffle"
 
 
+# Shapes of what is drawn, while somebody wants to know.
+_records: list[tuple[set[tuple[int, ...]], bool]] = []
+
+
+@contextlib.contextmanager
+def recorded_draws(by_replicas: bool) -> Iterator[set[tuple[int, ...]]]:
+    """While open, collects the shapes in which Keras draws random numbers.
+
+    Args:
+        by_replicas: whether only of those that are drawn for a replica's rows.
+    """
+    _records.append((set(), by_replicas))
+    try:
+        yield _records[-1][0]
+    finally:
+        _records.pop()
+
+
 def hook_random() -> None:
     """Has Keras draw random numbers for the rows of all replicas. Idempotent."""
     if hasattr(backend_random.normal, "_keras_tp"):
         return
     for name in _OF_A_SHAPE:
-        setattr(backend_random, name, _hooked(getattr(backend_random, name), _shaped_like_rows))
+        _hook(name, _shaped_like_rows, lambda shape, *_, **__: tuple(shape))
     for name in _OF_A_TENSOR:
-        setattr(backend_random, name, _hooked(getattr(backend_random, name), _of_all_rows))
-    backend_random.dropout = _hooked(backend_random.dropout, _dropout)
+        _hook(name, _of_all_rows, lambda x, *_, **__: tuple(x.shape))
+    _hook("dropout", _dropout, lambda *args, **kwargs: tuple(_noise_shape(*args, **kwargs)))
 
 
-def _hooked(original: Callable[..., Any], on_rows: Callable[..., Any]) -> Callable[..., Any]:
+def _noise_shape(inputs: Any, rate: Any, noise_shape: Any = None, seed: Any = None) -> list[int]:
+    given = inputs.shape if noise_shape is None else noise_shape
+    return [m if n is None else n for n, m in zip(given, inputs.shape, strict=True)]
+
+
+def _hook(name: str, on_rows: Callable[..., Any], shape_of: Callable[..., Any]) -> None:
+    setattr(backend_random, name, _hooked(getattr(backend_random, name), on_rows, shape_of))
+
+
+def _hooked(
+    original: Callable[..., Any], on_rows: Callable[..., Any], shape_of: Callable[..., Any]
+) -> Callable[..., Any]:
     @functools.wraps(original)
     def draw(*args: Any, **kwargs: Any) -> Any:
         replicas = current_replicas()
+        if _records and args:
+            shapes, by_replicas = _records[-1]
+            if replicas is not None or not by_replicas:
+                shapes.add(shape_of(*args, **kwargs))
         if replicas is None or get_device() == "meta":
             return original(*args, **kwargs)
         return on_rows(original, replicas, *args, **kwargs)
@@ -49,11 +83,15 @@ def _hooked(original: Callable[..., Any], on_rows: Callable[..., Any]) -> Callab
     return draw
 
 
+def _by_row(shape: tuple[int, ...], replicas: Replicas) -> bool:
+    return shape[:1] == (replicas.rows,) and shape not in replicas.fixed
+
+
 def _shaped_like_rows(
     original: Callable[..., Any], replicas: Replicas, shape: Any, *args: Any, **kwargs: Any
 ) -> Any:
     shape = tuple(shape)
-    if not shape or shape[0] != replicas.rows:
+    if not _by_row(shape, replicas):
         return original(shape, *args, **kwargs)
 
     def whole(leaf: Any) -> Any:  # parameters of a distribution may come by row
@@ -68,7 +106,7 @@ def _of_all_rows(
     original: Callable[..., Any], replicas: Replicas, x: Any, *args: Any, **kwargs: Any
 ) -> Any:
     x = keras.ops.convert_to_tensor(x)
-    if x.shape[:1] != (replicas.rows,):
+    if not _by_row(tuple(x.shape), replicas):
         return original(x, *args, **kwargs)
     return replicas.take(original(replicas.gather(x), *args, **kwargs))
 
@@ -82,10 +120,12 @@ def _dropout(
     seed: Any = None,
 ) -> Any:
     inputs = keras.ops.convert_to_tensor(inputs)
+    shape = _noise_shape(inputs, rate, noise_shape)
     if inputs.shape[:1] != (replicas.rows,) or rate in (0.0, 1.0):
         return original(inputs, rate, noise_shape, seed)
-    if noise_shape is not None and noise_shape[0] == replicas.rows:
-        noise_shape = (replicas.total, *noise_shape[1:])
+    if noise_shape is not None and _by_row(tuple(shape), replicas):
+        shape[0] = replicas.total
+    noise_shape = None if noise_shape is None else shape
     ones = torch.ones((), dtype=inputs.dtype, device=inputs.device)
     ones = ones.expand(replicas.total, *inputs.shape[1:])
     kept = replicas.take(original(ones, rate, noise_shape, seed)) != 0

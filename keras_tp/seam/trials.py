@@ -18,9 +18,10 @@ from keras_tp.seam.variables import ShardedVariable, global_seed, set_global_see
 def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]:
     """Afterwards all that a call of these layers changes is as before.
 
-    Their variables (with `trained=False` only those that are never trained), those of metrics they hold, the losses they have added, and
-    the random states of Python, NumPy, torch and Keras. Within, no losses have
-    been added yet. What the user's own Python code remembers is not followed.
+    Their variables (with `trained=False` only those that are never trained), those
+    of metrics they hold, the losses they have added, and the random states of
+    Python, NumPy, torch and Keras. Within, no losses have been added yet. What
+    the user's own Python code remembers is not followed.
     """
     metrics = [metric for owner in owners for metric in getattr(owner.layer, "_metrics", ())]
     tensors = [v._value for v in (variables_of(owners) if trained else states_of(owners))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 from typing import Any, Protocol
 
 import keras
@@ -36,11 +36,13 @@ class Replicas(Protocol):
         axis: name of the mesh axis along which they stand.
         rows: of this replica.
         total: of all replicas.
+        fixed: shapes in which random numbers are drawn whatever the number of rows.
     """
 
     axis: str
     rows: int
     total: int
+    fixed: Set[tuple[int, ...]]
 
     def own(self, variable: Any) -> torch.Tensor:
         """What this rank stores of a variable, for use on its rows."""

@@ -1,0 +1,378 @@
+"""Replicas share out the rows of a batch, and the numbers stay those of one process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import layer_cases
+import models
+import numpy as np
+import parity
+import pytest
+import torch
+from counting import Collectives
+from keras import layers
+from precision import real_float64
+
+import keras_tp
+from keras_tp.layouts import row_counts
+
+PICTURES = layer_cases.floats(5, 8, 8, 3)
+UNIT_RANGE = {"value_range": (0, 1)}
+# Layers without weights, random ones above all: how they are made.
+WEIGHTLESS: dict[str, dict[str, Any]] = {
+    "AlphaDropout": {"rate": 0.3},
+    "AugMix": UNIT_RANGE,
+    "AutoContrast": UNIT_RANGE,
+    "CenterCrop": {"height": 4, "width": 4},
+    "CutMix": {},
+    "Dropout": {"rate": 0.5},
+    "GaussianDropout": {"rate": 0.3},
+    "GaussianNoise": {"stddev": 0.1},
+    "GlobalAveragePooling2D": {},
+    "MixUp": {},
+    "RandAugment": UNIT_RANGE,
+    "RandomBrightness": {"factor": 0.2, **UNIT_RANGE},
+    "RandomColorDegeneration": {"factor": 0.5},
+    "RandomColorJitter": {"brightness_factor": 0.2, "hue_factor": 0.1, **UNIT_RANGE},
+    "RandomContrast": {"factor": 0.3},
+    "RandomCrop": {"height": 4, "width": 4},
+    "RandomElasticTransform": UNIT_RANGE,
+    "RandomErasing": UNIT_RANGE,
+    "RandomFlip": {},
+    "RandomGaussianBlur": UNIT_RANGE,
+    "RandomGrayscale": {"factor": 0.5},
+    "RandomHue": {"factor": 0.3, **UNIT_RANGE},
+    "RandomInvert": {"factor": 0.5, **UNIT_RANGE},
+    "RandomPerspective": {},
+    "RandomPosterization": {"factor": 3, **UNIT_RANGE},
+    "RandomRotation": {"factor": 0.2},
+    "RandomSaturation": {"factor": 0.3},
+    "RandomSharpness": {"factor": 0.3, **UNIT_RANGE},
+    "RandomShear": {"x_factor": 0.2, "y_factor": 0.2},
+    "RandomTranslation": {"height_factor": 0.2, "width_factor": 0.2},
+    "RandomZoom": {"height_factor": 0.2},
+    "Resizing": {"height": 4, "width": 4},
+    "Solarization": UNIT_RANGE,
+    "SpatialDropout2D": {"rate": 0.5},
+}
+
+
+def replicated(model: Any, **axes: int) -> Any:
+    """`model`, of which every rank holds all weights and computes its rows."""
+    return keras_tp.parallelize(model, parity.layout_map({}, axes))
+
+
+def weightless_outputs(name: str, seed: int | None) -> list[float]:
+    """Largest differences from one process: two calls in training, one in inference."""
+    kind, found = getattr(layers, name), []
+    for share in (False, True):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(3)
+        arguments = dict(WEIGHTLESS[name])
+        if seed is not None and "seed" in kind.__init__.__code__.co_varnames:
+            arguments["seed"] = seed
+        model = keras.Sequential([keras.Input(PICTURES.shape[1:]), kind(**arguments)])
+        if share:
+            replicated(model, batch=2)
+        x = torch.tensor(PICTURES, dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras's augmentations use deprecated functions
+            # (RandomBrightness writes into what it is given.)
+            calls = [model(x.clone(), training=t) for t in (True, True, False)]
+        found.append([np.asarray(outputs) for outputs in calls])
+    return [float(np.abs(one - many).max()) for one, many in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("seed", [5, None])
+@pytest.mark.parametrize("name", [n for n in WEIGHTLESS if hasattr(layers, n)])
+def test_random_layers_draw_the_numbers_of_one_process(
+    ranks: Any, name: str, seed: int | None
+) -> None:
+    """Replicas that draw the same mask for other rows train another model, with noise that
+    repeats itself (pytorch #168058), and one that mixes rows must be given all of them."""
+    for differences in ranks(2)(weightless_outputs, name, seed):
+        assert differences == [0.0, 0.0, 0.0]
+
+
+class Summed(layers.Layer):
+    """A penalty that is no mean over rows."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(keras.ops.sum(x**2))
+        return x
+
+
+class Centred(layers.Layer):
+    """Mixes rows."""
+
+    def __init__(self, all_rows: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.all_rows = all_rows
+
+    def call(self, x: Any) -> Any:
+        return x - keras.ops.mean(x, axis=0, keepdims=True)
+
+
+class Torn(layers.Layer):
+    """Draws from torch, behind Keras's back."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return x * torch.rand(x.shape) if training else x
+
+
+class Noisy(layers.Layer):
+    """Draws as many numbers as there are rows, or channels, on a replica; not by row."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.seeds = keras.random.SeedGenerator(3)
+
+    def call(self, x: Any) -> Any:
+        channels = keras.random.normal((x.shape[1],), dtype=x.dtype, seed=self.seeds)
+        shared = keras.random.dropout(x, 0.5, noise_shape=(1, x.shape[1]), seed=self.seeds)
+        return x * channels + shared
+
+
+class Total(layers.Layer):
+    """Gives no rows."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.sum(x, axis=0)
+
+
+def around(layer: Callable[[], Any] | None = None) -> Any:
+    """A model with what is hard about rows in it, and `layer`."""
+    parts = [layer()] if layer else []
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(16, "gelu", activity_regularizer="l2"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5),
+            *parts,
+            layers.Dense(4, kernel_regularizer="l1"),
+        ]
+    )
+
+
+def whole_centred() -> Any:
+    return around(lambda: Centred(all_rows=True))
+
+
+def noisy() -> Any:
+    return keras.Sequential([keras.Input((8,)), Noisy(), layers.Dense(4), layers.Dropout(0.2)])
+
+
+def refusal(layer: str, training: bool) -> str:
+    model = replicated(around(lambda: globals()[layer](name="odd")), batch=2)
+    try:
+        model(torch.zeros(6, 8) + torch.arange(6.0)[:, None], training=training)
+    except keras_tp.LayoutError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        ("Centred", "first layer whose outputs do is 'sequential/odd'"),
+        ("Torn", "first layer whose outputs do is 'sequential/odd'"),
+        ("Summed", "look at losses it adds"),
+    ],
+)
+def test_what_mixes_rows_is_found_and_named(ranks: Any, layer: str, says: str) -> None:
+    """A mean over the rows of one replica is another number, and nobody would see it."""
+    for message in ranks(2)(refusal, layer, True):
+        assert says in message
+        assert "all_rows = True" in message
+
+
+def no_rows() -> str:
+    model = keras.Sequential([keras.Input((8,)), Total()])
+    replicated(model, batch=2)
+    try:
+        model(torch.ones(6, 8))
+    except keras_tp.LayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_an_output_without_rows_is_refused(ranks: Any) -> None:
+    """Two replicas' totals one after the other are not the total."""
+    for message in ranks(2)(no_rows):
+        assert "so that it is not one of rows" in message or "not computed alone" in message
+
+
+def train(build: str, rows: int, axes: dict[str, int]) -> parity.Report:
+    data = layer_cases.floats(rows, 8), layer_cases.floats(rows, 4)
+    return parity.compare(globals()[build], {}, axes, data)
+
+
+@pytest.mark.parametrize("rows", [16, 8, 5, 3, 2, 1])
+@pytest.mark.parametrize("build", ["around", "whole_centred", "noisy"])
+@pytest.mark.parametrize("axes", [{"batch": 2}, {"batch": 4}, {"batch": 2, "model": 2}])
+def test_training_on_any_number_of_rows(
+    ranks: Any, build: str, rows: int, axes: dict[str, int]
+) -> None:
+    """A mean of means of 3 and 2 rows; a replica without a row; statistics of half a batch; the
+    gradient of a penalty on weights counted once per replica; a layer given all rows; numbers
+    for 8 channels taken for those of 8 rows, and one mask for all rows for that of one."""
+    for report in ranks(int(np.prod(list(axes.values()))))(train, build, rows, axes):
+        assert report.worst() < 1e-10
+
+
+def fit_both(rows: int, batch_size: int, loss: str, optimizer: str) -> list[float]:
+    """Fits, with weights of samples, metrics and validation, with and without replicas."""
+    x, y = layer_cases.floats(rows, 8), layer_cases.integers(4, rows)
+    weights = np.random.default_rng(0).random(rows)
+    found: list[Any] = []
+    with real_float64():
+        for share in (False, True):
+            model = parity.build_seeded(around)
+            if share:
+                replicated(model, batch=2)
+            model.compile(
+                optimizer,
+                keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=loss),
+                metrics=["accuracy"],
+                weighted_metrics=["accuracy"],
+            )
+            keras.utils.set_random_seed(1)
+            history = model.fit(
+                *(x, y),
+                batch_size=batch_size,
+                epochs=2,
+                sample_weight=weights,
+                validation_data=(x[:5], y[:5]),
+                verbose=0,
+            ).history
+            found.append(
+                [
+                    *history.values(),
+                    model.predict(x, batch_size=batch_size, verbose=0),
+                    model.evaluate(x, y, batch_size=batch_size, verbose=0),
+                    *keras_tp.full_weights(model).values(),
+                ]
+            )
+    return [parity.difference(one, many) for one, many in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("loss", ["sum_over_batch_size", "sum", "mean_with_sample_weight"])
+@pytest.mark.parametrize(("rows", "batch_size"), [(16, 8), (11, 4)])
+def test_fit_evaluate_predict(ranks: Any, loss: str, rows: int, batch_size: int) -> None:
+    """Averaged gradients of unequal parts; a loss that is a sum divided by the replicas; metrics
+    of one replica's rows; predictions in another order; shuffles that part ways."""
+    for differences in ranks(2)(fit_both, rows, batch_size, loss, "adam"):
+        assert max(differences) < 1e-10
+
+
+def no_rows_shared() -> tuple[float, int]:
+    with real_float64():
+        one = parity.build_seeded(lambda: around(Centred))
+        many = parity.build_seeded(lambda: around(Centred))
+        keras_tp.parallelize(many, parity.layout_map({}, {"batch": 2}), batch_axis=None)
+        x = torch.tensor(layer_cases.floats(6, 8))
+        many(x)
+        many(x)
+        with Collectives() as counts:
+            outputs = many(x)
+        return parity.difference(one(x).detach(), outputs.detach()), sum(counts.values())
+
+
+def test_without_a_batch_axis_every_rank_computes_all_rows(ranks: Any) -> None:
+    """The remedy that errors name must be one."""
+    assert ranks(2)(no_rows_shared) == [(0.0, 0)] * 2
+
+
+def counted(fake: bool = True) -> tuple[dict[str, int], dict[str, int], int]:
+    keras.utils.set_random_seed(0)
+    model = replicated(models.dense_stack(), batch=2)
+    x = torch.ones(4, *model.input_shape[1:])
+    for _ in range(4):
+        model(x)
+    with Collectives() as forward:
+        outputs = model(x)
+    with Collectives() as backward:
+        outputs.sum().backward()
+    return dict(forward), dict(backward), len(model.trainable_variables)
+
+
+def test_a_step_gathers_outputs_and_sums_gradients_in_buckets(ranks: Any) -> None:
+    """One all-reduce per weight, or a gather of inputs that every replica has."""
+    for forward, backward, variables in ranks(2)(counted):
+        assert forward == {"all_gather": 1}
+        assert backward == {"all_reduce": 1}
+        assert variables > 1
+
+
+def test_rows_are_shared_out_evenly() -> None:
+    """By torch.chunk's rule, 5 rows on 4 replicas leave one without."""
+    assert row_counts(5, 4) == (2, 1, 1, 1)
+
+
+def test_the_plan_says_how_rows_are_computed() -> None:
+    """What is slower, or whole on every rank, is said before it runs."""
+    model = around(lambda: Centred(all_rows=True, name="centred"))
+    plan = keras_tp.plan(
+        model, parity.layout_map({".*dense/kernel": ("batch", None)}, {"batch": 2})
+    )
+    assert plan.batch_axis == "batch"
+    rows = {layer.kind: layer.rows for layer in plan.layers}
+    assert rows["BatchNormalization"] == "statistics"
+    assert rows["Centred"] == "all"
+    assert rows["Dense"] == "own"
+    text = str(plan)
+    assert "rows of the batch are shared out along axis 'batch'" in text
+    assert "reduce_scatter kernel" in text
+    assert "all_gather input" in text
+    assert "all_reduce statistics" in text
+    with pytest.raises(keras_tp.LayoutError, match="batch_axis='rows' is no axis of the mesh"):
+        keras_tp.plan(model, parity.layout_map({}, {"batch": 2}), batch_axis="rows")
+
+
+def mixed_inputs() -> str:
+    inputs = keras.Input((3,)), keras.Input((3,))
+    model = replicated(keras.Model(inputs, layers.Add()(inputs)), batch=2)
+    try:
+        model((torch.ones(4, 3), torch.ones(1, 3)))
+    except keras_tp.LayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_inputs_of_different_lengths_are_refused(ranks: Any) -> None:
+    """One row for all: each replica would get half of it, or none."""
+    for message in ranks(2)(mixed_inputs):
+        assert "(4, 3), (1, 3)" in message
+        assert "batch_axis=None" in message
+
+
+def masking() -> Any:
+    ids = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(7, 6, mask_zero=True)(ids)
+    return keras.Model(ids, layers.BatchNormalization()(x))
+
+
+def masked() -> list[float]:
+    found = []
+    with real_float64():
+        for share in (False, True):
+            model = parity.build_seeded(masking)
+            if share:
+                replicated(model, batch=2)
+            model.compile("sgd", "mse")
+            tokens = np.array([[1, 2, 0, 0, 0], [3, 4, 5, 6, 0], [1, 0, 0, 0, 0]])
+            targets = layer_cases.floats(3, 5, 6)
+            losses = [model.train_on_batch(tokens, targets) for _ in range(3)]
+            found.append([losses, *keras_tp.full_weights(model).values()])
+    return [parity.difference(one, many) for one, many in zip(*found, strict=True)]
+
+
+def test_masks_keep_to_their_rows(ranks: Any) -> None:
+    """A loss over steps that are masked elsewhere; statistics of padding."""
+    for differences in ranks(2)(masked):
+        assert max(differences) < 1e-10
