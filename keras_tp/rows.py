@@ -83,6 +83,7 @@ class Rows(torch.Tensor):
             self._whole = self.gathered().to(self._local.device)
         return self._whole
 
+    @torch.compiler.disable
     @torch.no_grad()
     def gathered(self) -> torch.Tensor:
         """All rows, where they were gathered: on the GPU if ranks talk by NCCL. See `whole`."""

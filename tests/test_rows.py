@@ -129,7 +129,7 @@ def computed() -> dict[str, int]:
 def test_what_computes_gathers_once(ranks: Any) -> None:
     """Each loss and metric that casts the targets would gather them anew, or compute on a part.
 
-    Seen to fail with `_source` None for what is converted (four all-gathers), and
+    Seen to fail with `_source` None for what is converted (three all-gathers), and
     with the parts joined in the wrong order.
     """
     assert ranks(2)(computed) == [{"all_gather": 1}] * 2

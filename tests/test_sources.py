@@ -422,10 +422,10 @@ class Processes:
         return None
 
 
-def regression() -> Any:
+def regression(jit_compile: bool = False) -> Any:
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile("adam", "mse", metrics=["mae"], weighted_metrics=["mse"])
+    model.compile("adam", "mse", metrics=["mae"], weighted_metrics=["mse"], jit_compile=jit_compile)
     return model
 
 
@@ -481,6 +481,25 @@ def test_fit_evaluate_and_predict_share_out(ranks: Any) -> None:
     expected = fitted()
     for told in ranks(2)(fitted_on_ranks):
         assert told == expected
+
+
+def compiled_on_ranks() -> Any:
+    torch.compiler.reset()
+    model = regression(jit_compile=True)
+    with warnings.catch_warnings(), sharing_rows(batch_axis()):
+        warnings.simplefilter("ignore")  # torch's compiler has some of its own
+        history = model.fit(DataLoader(TABLE, 4), epochs=2, verbose=0, shuffle=False).history
+    unhook_data()
+    return history
+
+
+@pytest.mark.slow
+def test_compiled_steps_take_rows(ranks: Any) -> None:
+    """torch's compiler has to break its graph where rows are gathered, and go on with them."""
+    expected = regression().fit(DataLoader(TABLE, 4), epochs=2, verbose=0, shuffle=False).history
+    for history in ranks(2)(compiled_on_ranks, timeout=300):
+        for name, values in history.items():
+            np.testing.assert_allclose(values, expected[name], rtol=1e-6)
 
 
 def per_replica() -> Any:

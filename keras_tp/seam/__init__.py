@@ -28,6 +28,10 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
 - `Layer._losses`, `_loss_ids` and `_metrics` are what a call adds to, and a tensor's
   `_keras_mask` what it is given besides; trial calls put them back.
 - A `Node` of a functional graph (`_operations`, `_inbound_nodes`) holds its constants.
+- `EpochIterator` asks `data_adapters.get_data_adapter` what `x`, `y`, ... are, for
+  `fit`, `evaluate`, `predict` and validation alike, and reads torch's batches by the
+  adapter's `get_torch_dataloader`. `hook_data` wraps the first; with a distribution of
+  several processes set, it refuses all but `tf.data`.
 - Symbolic calls run in a `StatelessScope` and a `SymbolicScope`, mostly on the
   meta device.
 """
