@@ -186,8 +186,9 @@ def _plan_layer(
         gathers = mine + held
     else:
         gathers = []
-    rows = rows_of(owner.layer) if replicas is not None else "own"
-    if rows != "own":
+    rows = "own"
+    if replicas is not None:
+        rows = rows_of(owner.layer)
         ahead, back = collectives_of_rows(rows, replicas)
         forward += ahead
         backward += back

@@ -118,8 +118,9 @@ def _recorded(owners: Sequence[Owner]) -> Iterator[list[tuple[str, torch.Tensor]
             replicas = current_replicas()
             for leaf in keras.tree.flatten(outputs):
                 if isinstance(leaf, torch.Tensor) and leaf.dim():
-                    mine = replicas is not None and leaf.shape[0] == replicas.rows
-                    record.append((path, replicas.gather(leaf) if mine else leaf))
+                    if replicas is not None and leaf.shape[0] == replicas.rows:
+                        leaf = replicas.gather(leaf)
+                    record.append((path, leaf))
 
         return hook
 

@@ -156,7 +156,7 @@ class RowsCall:
             given = keras.tree.map_structure(lambda leaf: some(leaf, nudge), (args, kwargs))
             if fixed is None:
                 return self.original(*given[0], **given[1])
-            return self._share_out(*given, (few,) * len(counts), fixed)
+            return self._share_out(given[0], given[1], (few,) * len(counts), fixed)
 
         return prove_rows(self.owners, call, self.where)
 

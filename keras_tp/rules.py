@@ -193,6 +193,8 @@ def collectives_of_rows(
     rows: str, axis: str
 ) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
     """What a layer communicates that does not compute with its own rows alone."""
+    if rows == "own":
+        return (), ()
     if rows == "statistics":
         both = (Collective("all_reduce", axis, "statistics"),)
         return both, both

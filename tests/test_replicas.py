@@ -179,8 +179,8 @@ def refusal(layer: str, training: bool) -> str:
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
-        ("Centred", "first layer whose outputs do is 'sequential/odd'"),
-        ("Torn", "first layer whose outputs do is 'sequential/odd'"),
+        ("Centred", "/odd'."),
+        ("Torn", "/odd'."),
         ("Summed", "look at losses it adds"),
     ],
 )
