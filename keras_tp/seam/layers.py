@@ -15,7 +15,7 @@ from keras.src.backend.torch.layer import TorchLayer
 from keras.src.ops.node import Node
 
 from keras_tp.errors import LayoutError, LayoutWarning
-from keras_tp.seam.variables import ShardedVariable, is_symbolic, reading_shards
+from keras_tp.seam.variables import ShardedVariable, awaits_plan, is_symbolic, reading_shards
 from keras_tp.seam.weights import WeightView
 
 
@@ -78,7 +78,7 @@ def parallelized_part(model: Any) -> str | None:
         if _PARALLELIZED in vars(owner.layer):
             return owner.path
         for variable in owner.variables:
-            if isinstance(variable, ShardedVariable):
+            if isinstance(variable, ShardedVariable) and not awaits_plan(variable):
                 return variable.path
     return None
 

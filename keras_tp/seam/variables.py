@@ -61,6 +61,7 @@ class ShardedVariable(keras.Variable):
     _sharding: Sharding
     _gathered: dict[tuple[torch.dtype, bool], torch.Tensor] | None
     _stood_in: torch.Tensor | None = None  # read in place of what is gathered
+    _awaits_plan = False  # sharded as it was made, and no plan has been carried out yet
 
     @property
     def value(self) -> torch.Tensor:
@@ -174,6 +175,37 @@ def become_sharded(variable: Any, sharding: Sharding, local: torch.Tensor) -> No
     variable._sharding = sharding
     variable._gathered = None
     variable.__class__ = ShardedVariable
+
+
+def reshard_variable(variable: ShardedVariable, sharding: Sharding | None) -> None:
+    """Makes `variable` store another shard, or with None its full value. Collective: gathers it."""
+    full = variable._sharding.full(variable._value.detach())
+    if sharding is not None:
+        become_sharded(variable, sharding, sharding.local(full))
+        return
+    become_sharded(variable, variable._sharding, full)
+    variable.__class__ = keras.Variable
+
+
+def sharding_of(variable: Any) -> Any | None:
+    """How a sharded variable is sharded, None for a whole one."""
+    return variable._sharding if isinstance(variable, ShardedVariable) else None
+
+
+def awaits_plan(variable: Any) -> bool:
+    """Whether `variable` was sharded as it was made, and no plan has been carried out since."""
+    return isinstance(variable, ShardedVariable) and variable._awaits_plan
+
+
+def set_awaiting_plan(variable: ShardedVariable, awaiting: bool) -> None:
+    """Sets what `awaits_plan` gives."""
+    variable._awaits_plan = awaiting
+
+
+def set_tensor(variable: Any, tensor: torch.Tensor) -> None:
+    """Makes a whole variable live in the memory of `tensor`."""
+    if tensor.data_ptr() != variable._value.data_ptr():
+        variable._value.data = tensor
 
 
 def local_tensor(variable: Any) -> torch.Tensor:
