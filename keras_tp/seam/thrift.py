@@ -18,7 +18,7 @@ from keras.src.backend.torch.random import torch_seed_generator
 # Values made at a time, of four normals each. torch fills a CPU tensor with
 # normals in groups of 16, from the generator's numbers in their order, so that
 # parts of whole groups are what they are in the whole. On a GPU they are not.
-_PART = 1 << 18
+_PART = 1 << 14
 
 
 def thrifty_uniform(original: Any) -> Any:
