@@ -1,7 +1,7 @@
 """Tensor-parallel Keras on PyTorch. The tour of the package is `keras_tp/api.py`."""
 
 from keras_tp import backend  # noqa: F401, first: it picks torch before Keras is imported
-from keras_tp.api import full_weights, local_shapes, parallelize, plan, verify
+from keras_tp.api import disable, enable, full_weights, local_shapes, parallelize, plan, verify
 from keras_tp.checks import LayerCheck, Verification
 from keras_tp.data import DataSharder
 from keras_tp.errors import LayoutError, LayoutWarning
@@ -20,6 +20,8 @@ __all__ = [
     "Verification",
     "__version__",
     "device_mesh",
+    "disable",
+    "enable",
     "full_weights",
     "initialize",
     "local_shapes",

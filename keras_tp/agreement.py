@@ -21,12 +21,18 @@ from keras_tp.collectives import Axis, all_equal, gather_numbers
 from keras_tp.errors import LayoutError
 from keras_tp.plans import Plan
 from keras_tp.rows import Rows
-from keras_tp.seam.variables import is_symbolic
+from keras_tp.seam.contexts import is_symbolic
 
 
-def check_plans(plan: Plan, optimizer: Any) -> None:
-    """Raises LayoutError on every rank if one has another plan or optimizer. Collective."""
-    lines = [f"mesh {plan.mesh}", *map(str, plan.variables), *map(str, plan.layers)]
+def check_plans(plan: Plan, optimizer: Any, made: list[str]) -> None:
+    """Raises LayoutError on every rank if one has another plan or optimizer. Collective.
+
+    Args:
+        plan: what is to be done.
+        optimizer: the model's, or None.
+        made: the layout that each variable was made with, if with one.
+    """
+    lines = [f"mesh {plan.mesh}", *map(str, plan.variables), *map(str, plan.layers), *made]
     built = getattr(optimizer, "built", False)
     lines.append(f"{type(optimizer).__name__}, {'with' if built else 'without'} slots")
     different = first_difference(lines)

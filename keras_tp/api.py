@@ -4,6 +4,8 @@ plan         reads the model and the layout map, decides everything, touches not
 parallelize  obeys a plan
 local_shapes, full_weights   look at the result
 verify       compares it with itself on gathered weights
+enable       has `keras.distribution` do all of this, in scripts written for it
+disable      and has it stop
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from keras_tp.application import DistributionWork
 from keras_tp.backend import require_torch
 from keras_tp.checks import Verification
 from keras_tp.errors import LayoutError
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
 from keras_tp.problems import check_model
+from keras_tp.seam.distribution import install, uninstall
 from keras_tp.seam.layers import variables_of, walk_layers
 from keras_tp.seam.variables import full_numpy, local_tensor
 from keras_tp.verification import verify_model
@@ -155,6 +159,38 @@ def verify(
     """
     require_torch()
     return verify_model(model, batch, training, tolerance)
+
+
+def enable() -> None:
+    """Makes `keras.distribution` work on torch, over the ranks of the job. Idempotent.
+
+    Afterwards scripts written for Keras on JAX find its devices, meshes and
+    layouts here as they are, and every variable made while a distribution is
+    current (`keras.distribution.set_distribution`, or its `scope()`) is made as
+    this rank's shard of the first rank's value. Making one is then collective:
+    every rank makes the same variables in the same order.
+
+    Starts and joins nothing by itself. `keras.distribution.initialize()` joins
+    the job, as does the first variable made under a distribution.
+
+    Raises:
+        RuntimeError: a Keras that is not as expected, with its version.
+
+    Example:
+        >>> keras_tp.enable()
+        >>> keras.distribution.list_devices()
+        ['cpu:0']
+    """
+    require_torch()
+    install(DistributionWork())
+
+
+def disable() -> None:
+    """Puts back what `enable` has changed of Keras. Idempotent; no communication.
+
+    Variables that are shards stay so, and go on working.
+    """
+    uninstall()
 
 
 def local_shapes(model: Any) -> dict[str, tuple[int, ...]]:

@@ -19,13 +19,8 @@ from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutWarning
 from keras_tp.layouts import chunk_bounds
 from keras_tp.plans import Computation, Contraction, StylePlan
-from keras_tp.seam.variables import (
-    ShardedVariable,
-    gathered_once,
-    is_stateless,
-    is_symbolic,
-    reading_shards,
-)
+from keras_tp.seam.contexts import is_stateless, is_symbolic, reading_shards
+from keras_tp.seam.variables import ShardedVariable, gathered_once
 
 
 class Stage:

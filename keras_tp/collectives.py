@@ -164,6 +164,16 @@ def broadcast(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def broadcast_into(x: torch.Tensor) -> None:
+    """Writes the first rank's `x` into every rank's. Collective.
+
+    Args:
+        x: contiguous. Nothing else may live in its memory.
+    """
+    if x.numel():
+        dist.broadcast(x.detach().reshape(-1).view(torch.uint8), src=0)
+
+
 def broadcast_object(value: Any) -> Any:
     """The first rank's `value`, on every rank of the job. Collective.
 

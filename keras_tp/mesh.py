@@ -41,20 +41,40 @@ def initialize(backend: str | None = None, *, timeout: timedelta | None = None) 
     """
     if dist.is_initialized():
         return
+    how: dict[str, Any] = {}
+    if not launched():
+        how.update(store=dist.HashStore(), rank=0, world_size=1)
+    join(backend, timeout, int(os.environ.get("LOCAL_RANK", 0)), **how)
+
+
+def launched() -> bool:
+    """Whether `torchrun`, or what sets the same environment, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(backend: str | None, timeout: timedelta | None, local_rank: int, **how: Any) -> None:
+    """Joins the process group and picks a GPU; see `initialize`.
+
+    Args:
+        backend: as for `initialize`.
+        timeout: as for `initialize`.
+        local_rank: which of the ranks on this host this process is.
+        how: where the ranks meet, for `init_process_group`; else the environment says it.
+    """
     on_cuda = device_type() == "cuda"
     if on_cuda:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         if local_rank >= gpus and backend is None:
             raise LayoutError(
-                f"rank {job_rank()} is number {local_rank} on a host of {gpus} GPUs, counting from "
-                "0. Start as many ranks as GPUs, or let them share with backend='gloo'.",
+                f"rank {how.get('rank', job_rank())} is number {local_rank} on a host of {gpus} "
+                "GPUs, counting from 0. Start as many ranks as GPUs, or let them share with "
+                "backend='gloo'.",
                 where="this job",
             )
         torch.cuda.set_device(local_rank % gpus)
-    options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        options.update(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"), **options)
+    if timeout is not None:
+        how["timeout"] = timeout
+    dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"), **how)
     _leave_at_exit()
 
 
@@ -86,6 +106,11 @@ def _leave() -> None:
 def device_type() -> str:
     """`"cuda"` or `"cpu"`: where Keras puts tensors."""
     return keras.ops.convert_to_tensor(0).device.type
+
+
+def device_kind() -> str:
+    """Keras's word for it: `"gpu"` or `"cpu"`."""
+    return "gpu" if device_type() == "cuda" else "cpu"
 
 
 def device_mesh(shape: dict[str, int]) -> keras.distribution.DeviceMesh:
@@ -121,11 +146,14 @@ def device_mesh(shape: dict[str, int]) -> keras.distribution.DeviceMesh:
     ]
     if problems:
         raise LayoutError(problems, where=f"device_mesh({shape})")
-    kind = "gpu" if device_type() == "cuda" else "cpu"
-    ranks = range(math.prod(sizes.values()))
-    return keras.distribution.DeviceMesh(
-        tuple(sizes.values()), [str(name) for name in sizes], [f"{kind}:{rank}" for rank in ranks]
-    )
+    axes, ranks = tuple(str(name) for name in sizes), tuple(range(math.prod(sizes.values())))
+    return keras_mesh(MeshShape(axes, tuple(sizes.values()), ranks))
+
+
+def keras_mesh(shape: MeshShape) -> keras.distribution.DeviceMesh:
+    """The Keras mesh of this shape."""
+    devices = [f"{device_kind()}:{rank}" for rank in shape.ranks]
+    return keras.distribution.DeviceMesh(shape.sizes, list(shape.axes), devices)
 
 
 def _whole_number(size: Any) -> int:

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
 from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
+from keras_tp.seam.contexts import current_replicas
 from keras_tp.seam.layers import Owner, states_of, variables_of
 from keras_tp.seam.rows import recorded_draws
 from keras_tp.seam.trials import nudged_weights, restored
-from keras_tp.seam.variables import current_replicas, local_tensor
+from keras_tp.seam.variables import local_tensor
 
 ROWS = 2  # of each replica
 NUDGES = 2

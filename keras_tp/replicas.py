@@ -28,16 +28,10 @@ from keras_tp.proof import ROWS, Shapes, prove_rows
 from keras_tp.rounding import Nudge
 from keras_tp.row_collectives import gather_rows, split_rows, sum_over
 from keras_tp.rows import Rows
+from keras_tp.seam.contexts import current_replicas, is_stateless, is_symbolic, on_rows_of
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rows import average_losses, with_mask
-from keras_tp.seam.variables import (
-    current_replicas,
-    cut_along,
-    is_stateless,
-    is_symbolic,
-    local_tensor,
-    on_rows_of,
-)
+from keras_tp.seam.variables import cut_along, local_tensor
 
 ALIKE = "With batch_axis=None every replica computes all rows."
 

@@ -29,7 +29,7 @@ def adopt_optimizer(model: Any, mesh: MeshShape) -> None:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return
-    adopt_slots(optimizer)
+    adopt_slots(optimizer, again=True)
     for variable, _ in optimizer_variables(optimizer):
         if not isinstance(variable, ShardedVariable):
             everywhere = (Replicate(),) * len(mesh.axes)

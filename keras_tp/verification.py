@@ -16,9 +16,10 @@ from keras_tp.checks import Verification
 from keras_tp.comparison import Comparison, Mode
 from keras_tp.errors import LayoutError
 from keras_tp.replicas import RowsCall, WholeRowsCall
+from keras_tp.seam.contexts import is_symbolic, on_rows_of
 from keras_tp.seam.layers import Owner, parallelized_part, variables_of, walk_layers
 from keras_tp.seam.trials import position_of, restored
-from keras_tp.seam.variables import is_symbolic, local_tensor, on_rows_of
+from keras_tp.seam.variables import local_tensor
 
 
 def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None) -> Verification:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
 from keras_tp.agreement import AgreedBatches, AgreedInputs, check_plans
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
-from keras_tp.mesh import check_devices, check_ranks, initialize, torch_mesh
+from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
 from keras_tp.replicas import RowsCall, WholeRowsCall
 from keras_tp.rules import computation_of
+from keras_tp.seam.distribution import layout_of, set_layout
 from keras_tp.seam.layers import (
     Owner,
     announce_quantize,
@@ -30,7 +32,10 @@ from keras_tp.seam.variables import (
     local_tensor,
     replicate_for_rows,
     replicate_variable,
+    reshard_variable,
+    set_awaiting_plan,
     shard_variable,
+    sharding_of,
 )
 from keras_tp.shards import Shards
 from keras_tp.sources import feed_rows
@@ -49,20 +54,19 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     check_ranks(plan.mesh)
     initialize()
     check_devices([local_tensor(v) for v in variables])
-    check_plans(plan, optimizer)
+    check_plans(plan, optimizer, [str(layout_of(v)) for v in variables])
     # From here on the model changes; what can be wrong with it has been looked at.
 
     mesh = torch_mesh(plan.mesh)
     hook_layers()
     hook_optimizers()
     for variable, decided in zip(variables, plan.variables, strict=True):
-        shards = Shards(plan.mesh, decided.placements, decided.shape)
-        if decided.sharded:
-            shard_variable(variable, shards)
-        else:
-            replicate_variable(variable, shards)
-            if plan.batch_axis is not None:
-                replicate_for_rows(variable)
+        _store(variable, Shards(plan.mesh, decided.placements, decided.shape))
+        if plan.batch_axis is not None and not decided.sharded:
+            replicate_for_rows(variable)
+        if layout_of(variable) is not None:
+            made_on = keras_mesh(plan.mesh)
+            set_layout(variable, keras.distribution.TensorLayout(decided.layout, made_on))
     for owner, decided_layer in zip(owners, plan.layers, strict=True):
         for style in decided_layer.styles:
             if decided_layer.computation is not None and style.name != "gathered":
@@ -88,8 +92,24 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)
     share_random_state()
-    mark_parallelized(model)
+    mark_parallelized(model, plan)
     return model
+
+
+def _store(variable: Any, shards: Shards) -> None:
+    """Makes `variable` store what `shards` says. Collective, unless it was made so."""
+    stored = sharding_of(variable)
+    if stored is not None:  # it was sharded as it was made
+        if not shards.cuts:
+            reshard_variable(variable, None)
+            return
+        if (stored.mesh, stored.placements) != (shards.mesh, shards.placements):
+            reshard_variable(variable, shards)
+        set_awaiting_plan(variable, False)
+    elif shards.cuts:
+        shard_variable(variable, shards)
+    elif layout_of(variable) is None:
+        replicate_variable(variable, shards)
 
 
 def _check_fits(plan: Plan, owners: list[Owner], variables: tuple[Any, ...]) -> None:

@@ -15,7 +15,8 @@ from keras.src.backend.torch.layer import TorchLayer
 from keras.src.ops.node import Node
 
 from keras_tp.errors import LayoutError, LayoutWarning
-from keras_tp.seam.variables import ShardedVariable, is_symbolic, reading_shards
+from keras_tp.seam.contexts import is_symbolic, reading_shards
+from keras_tp.seam.variables import ShardedVariable, awaits_plan
 from keras_tp.seam.weights import WeightView
 
 
@@ -76,9 +77,14 @@ def overrides_build(layer: Any) -> bool:
 _PARALLELIZED = "_keras_tp_parallelized"
 
 
-def mark_parallelized(model: Any) -> None:
+def mark_parallelized(model: Any, plan: Any) -> None:
     """Remembers that `model` was parallelized, even where nothing of it is sharded."""
-    vars(model)[_PARALLELIZED] = True
+    vars(model)[_PARALLELIZED] = plan
+
+
+def plan_carried_out(model: Any) -> Any:
+    """The plan by which `model` itself was parallelized, or None."""
+    return vars(model).get(_PARALLELIZED)
 
 
 def parallelized_part(model: Any) -> str | None:
@@ -87,7 +93,7 @@ def parallelized_part(model: Any) -> str | None:
         if _PARALLELIZED in vars(owner.layer):
             return owner.path
         for variable in owner.variables:
-            if isinstance(variable, ShardedVariable):
+            if isinstance(variable, ShardedVariable) and not awaits_plan(variable):
                 return variable.path
     return None
 

@@ -12,12 +12,14 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from keras_tp.optimizers import check_optimizer
+from keras_tp.seam.contexts import reading_shards
 from keras_tp.seam.variables import (
     ShardedVariable,
     become_sharded,
     local_tensor,
-    reading_shards,
+    reshard_variable,
     shard_like,
+    sharding_of,
 )
 
 
@@ -95,6 +97,7 @@ def hook_optimizers() -> None:
         )
         slot = original_add(self, like, name=name, initializer=initializer)
         slot._shape = full_shape
+        slot._layout = reference_variable._layout
         become_sharded(slot, sharding, slot._value.data)
         return slot
 
@@ -105,17 +108,24 @@ def hook_optimizers() -> None:
     BaseOptimizer.add_variable_from_reference = add_variable_from_reference
 
 
-def adopt_slots(optimizer: Any) -> None:
+def adopt_slots(optimizer: Any, *, again: bool = False) -> None:
     """Shards the slots of an optimizer that was built before its variables were. Collective.
 
-    Does nothing until more of its variables are sharded than the last time.
+    Does nothing until more of its variables are sharded than the last time, or
+    `again` says that some have been sharded otherwise.
     """
     sharded = sum(isinstance(v, ShardedVariable) for v in optimizer._trainable_variables)
-    if vars(optimizer).get("_keras_tp_sharded") == sharded:
+    if vars(optimizer).get("_keras_tp_sharded") == sharded and not again:
         return
     for slot, reference in optimizer_variables(optimizer):
-        if isinstance(reference, ShardedVariable) and not isinstance(slot, ShardedVariable):
+        wanted = sharding_of(reference)
+        if sharding_of(slot) is wanted or reference is None:
+            continue
+        if sharding_of(slot) is None:
             shard_like(slot, reference)
+        else:
+            reshard_variable(slot, wanted)
+        slot._layout = reference._layout
     vars(optimizer)["_keras_tp_sharded"] = sharded
 
 

@@ -19,8 +19,8 @@ import torch
 from keras.src.backend.torch import random as backend_random
 from keras.src.backend.torch.core import get_device
 
+from keras_tp.seam.contexts import Replicas, current_replicas
 from keras_tp.seam.layers import Owner
-from keras_tp.seam.variables import Replicas, current_replicas
 
 # Of `keras.src.backend.torch.random`: what is given a shape first, and what a tensor.
 _OF_A_SHAPE = "normal", "uniform", "randint", "truncated_normal", "gamma", "binomial", "beta"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 import keras
@@ -12,74 +12,17 @@ import torch
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_tp.layouts import Shape
+from keras_tp.seam.contexts import (
+    current_replicas,
+    in_call,
+    is_symbolic,
+    reading_shards,
+    reads_shards,
+)
 from keras_tp.seam.weights import FullWeight, was_written, write_error
-
-
-def is_symbolic() -> bool:
-    """Whether Keras only asks for shapes: no values, no communication."""
-    return in_symbolic_scope() or str(backend.core.get_device()) == "meta"
-
-
-def is_stateless() -> bool:
-    """Whether Keras may have been handed values to compute with in place of the variables'."""
-    return bool(in_stateless_scope())
-
-
-class Replicas(Protocol):
-    """What Keras's side asks of `keras_tp.replicas.Replicas`, while each replica computes its rows.
-
-    Attributes:
-        axis: name of the mesh axis along which they stand.
-        rows: of this replica.
-        total: of all replicas.
-        fixed: shapes in which random numbers are drawn whatever the number of rows.
-    """
-
-    axis: str
-    rows: int
-    total: int
-    fixed: Set[tuple[int, ...]]
-
-    def own(self, variable: Any) -> torch.Tensor:
-        """What this rank stores of a variable, for use on its rows."""
-
-    def renew(self, variable: Any) -> None:
-        """Something was assigned to the variable."""
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of `x` over the replicas, for use on the rows of each."""
-
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean of means over rows, for use by what all replicas do alike."""
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The rows of all replicas."""
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """This replica's rows of all."""
-
-
-_REPLICAS = "keras_tp_replicas"
-
-
-def current_replicas() -> Replicas | None:
-    """The replicas, while each computes its own rows; None where all compute the same."""
-    return global_state.get_global_attribute(_REPLICAS)
-
-
-@contextlib.contextmanager
-def on_rows_of(replicas: Replicas | None) -> Iterator[None]:
-    """While open, weights are read and numbers drawn for this replica's rows; None for all rows."""
-    before = current_replicas()
-    global_state.set_global_attribute(_REPLICAS, replicas)
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute(_REPLICAS, before)
 
 
 class Sharding(Protocol):
@@ -146,6 +89,7 @@ class ShardedVariable(keras.Variable):
     _sharding: Sharding
     _gathered: dict[tuple[torch.dtype, bool], torch.Tensor] | None
     _stood_in: torch.Tensor | None = None  # read in place of what is gathered
+    _awaits_plan = False  # sharded as it was made, and no plan has been carried out yet
 
     @property
     def value(self) -> torch.Tensor:
@@ -158,10 +102,10 @@ class ShardedVariable(keras.Variable):
             return self._maybe_autocast(self._stand_in())
         if self._stood_in is not None:
             return self._maybe_autocast(self._stood_in)
-        if _reads_shards():
+        if reads_shards():
             return self._maybe_autocast(self._value)
         # In a layer's call it is used at once, as a tensor that compilers know.
-        if self._gathered is not None or _in_call():
+        if self._gathered is not None or in_call():
             return self.full()
         return self._maybe_autocast(FullWeight.of(self))
 
@@ -185,7 +129,7 @@ class ShardedVariable(keras.Variable):
     def assign(self, value: Any) -> Any:
         """Assigns a full value, of which this rank keeps its shard; an optimizer assigns shards."""
         value = self._convert_to_tensor(value, dtype=self._dtype)
-        local = _reads_shards() and tuple(value.shape) == self._sharding.local_shape
+        local = reads_shards() and tuple(value.shape) == self._sharding.local_shape
         if in_stateless_scope() or not (local or tuple(value.shape) == tuple(self._shape)):
             # Keras's own way, and its own error for a wrong shape.
             return super().assign(value)
@@ -275,6 +219,37 @@ def become_sharded(variable: Any, sharding: Sharding, local: torch.Tensor) -> No
     variable.__class__ = ShardedVariable
 
 
+def reshard_variable(variable: ShardedVariable, sharding: Sharding | None) -> None:
+    """Makes `variable` store another shard, or with None its full value. Collective: gathers it."""
+    full = variable._sharding.full(variable._value.detach())
+    if sharding is not None:
+        become_sharded(variable, sharding, sharding.local(full))
+        return
+    become_sharded(variable, variable._sharding, full)
+    variable.__class__ = keras.Variable
+
+
+def sharding_of(variable: Any) -> Any | None:
+    """How a sharded variable is sharded, None for a whole one."""
+    return variable._sharding if isinstance(variable, ShardedVariable) else None
+
+
+def awaits_plan(variable: Any) -> bool:
+    """Whether `variable` was sharded as it was made, and no plan has been carried out since."""
+    return isinstance(variable, ShardedVariable) and variable._awaits_plan
+
+
+def set_awaiting_plan(variable: ShardedVariable, awaiting: bool) -> None:
+    """Sets what `awaits_plan` gives."""
+    variable._awaits_plan = awaiting
+
+
+def set_tensor(variable: Any, tensor: torch.Tensor) -> None:
+    """Makes a whole variable live in the memory of `tensor`."""
+    if tensor.data_ptr() != variable._value.data_ptr():
+        variable._value.data = tensor
+
+
 def local_tensor(variable: Any) -> torch.Tensor:
     """What this rank stores of a variable, sharded or not."""
     return variable._value
@@ -285,28 +260,6 @@ def full_numpy(variable: Any) -> np.ndarray:
     if isinstance(variable, ShardedVariable):
         return variable.__array__()
     return backend.convert_to_numpy(variable._value)
-
-
-def _in_call() -> bool:
-    return global_state.get_global_attribute("current_call_ctx") is not None
-
-
-_READING_SHARDS = "keras_tp_reading_shards"
-
-
-def _reads_shards() -> bool:
-    return bool(global_state.get_global_attribute(_READING_SHARDS))
-
-
-@contextlib.contextmanager
-def reading_shards(on: bool = True) -> Iterator[None]:
-    """While open, a sharded variable is read as this rank's shard, and may be assigned one."""
-    before = global_state.get_global_attribute(_READING_SHARDS)
-    global_state.set_global_attribute(_READING_SHARDS, on)
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute(_READING_SHARDS, before)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,100 @@
+"""What is going on just now: who computes, for whom, and whether with values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Set
+from typing import Any, Protocol
+
+import torch
+from keras.src import backend
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+
+def is_symbolic() -> bool:
+    """Whether Keras only asks for shapes: no values, no communication."""
+    return in_symbolic_scope() or str(backend.core.get_device()) == "meta"
+
+
+def is_stateless() -> bool:
+    """Whether Keras may have been handed values to compute with in place of the variables'."""
+    return bool(in_stateless_scope())
+
+
+class Replicas(Protocol):
+    """What Keras's side asks of `keras_tp.replicas.Replicas`, while each replica computes its rows.
+
+    Attributes:
+        axis: name of the mesh axis along which they stand.
+        rows: of this replica.
+        total: of all replicas.
+        fixed: shapes in which random numbers are drawn whatever the number of rows.
+    """
+
+    axis: str
+    rows: int
+    total: int
+    fixed: Set[tuple[int, ...]]
+
+    def own(self, variable: Any) -> torch.Tensor:
+        """What this rank stores of a variable, for use on its rows."""
+
+    def renew(self, variable: Any) -> None:
+        """Something was assigned to the variable."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of `x` over the replicas, for use on the rows of each."""
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of means over rows, for use by what all replicas do alike."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of all replicas."""
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """This replica's rows of all."""
+
+
+_REPLICAS = "keras_tp_replicas"
+
+
+def current_replicas() -> Replicas | None:
+    """The replicas, while each computes its own rows; None where all compute the same."""
+    return global_state.get_global_attribute(_REPLICAS)
+
+
+@contextlib.contextmanager
+def on_rows_of(replicas: Replicas | None) -> Iterator[None]:
+    """While open, weights are read and numbers drawn for this replica's rows; None for all rows."""
+    before = current_replicas()
+    global_state.set_global_attribute(_REPLICAS, replicas)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_REPLICAS, before)
+
+
+def in_call() -> bool:
+    """Whether a layer's `call` runs."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+_READING_SHARDS = "keras_tp_reading_shards"
+
+
+def reads_shards() -> bool:
+    """Whether a sharded variable is read as this rank's shard."""
+    return bool(global_state.get_global_attribute(_READING_SHARDS))
+
+
+@contextlib.contextmanager
+def reading_shards(on: bool = True) -> Iterator[None]:
+    """While open, a sharded variable is read as this rank's shard, and may be assigned one."""
+    before = global_state.get_global_attribute(_READING_SHARDS)
+    global_state.set_global_attribute(_READING_SHARDS, on)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_READING_SHARDS, before)
