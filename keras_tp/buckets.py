@@ -70,6 +70,9 @@ def summed(parameter: torch.Tensor, axis: Axis, buckets: Buckets | None = None) 
     parameter if there are no buckets, it is not in them, it has hooks, or the code is
     being compiled. None where no gradient is wanted.
 
+    Call it where the weight is used: of weights that are all read before the layers run,
+    autograd takes the gradients to their buckets after the layers' backward, with no overlap.
+
     Args:
         parameter: a leaf, any shape, the same on every rank of the axis.
         axis: the axis along which ranks compute different rows.
