@@ -52,11 +52,8 @@ class DistributionWork:
         part = parallelized_part(model)
         if part is None:
             apply_plan(model, plan_of(model, distribution))
-        elif not any(
-            o.layer is not model and plan_carried_out(o.layer) for o in walk_layers(model)
-        ):
-            return  # a part of a model that is parallelized: its layers are
-        else:
+        elif any(plan_carried_out(owner.layer) for owner in walk_layers(model)):
+            # (Otherwise it is itself a part of what is parallelized, as its layers are.)
             warnings.warn(
                 f"'{part}' is parallelized already, so that model '{model.name}', of which it is "
                 "a part, stays as it is: other layers compute whole, the same on every rank. Train "

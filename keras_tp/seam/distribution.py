@@ -60,7 +60,9 @@ _DISTRIBUTION = "_keras_tp_distribution"
 class Work(Protocol):
     """What is done for Keras where it asks."""
 
-    library: ModuleType  # takes the place of a backend's `distribution_lib`
+    @property
+    def library(self) -> ModuleType:
+        """What takes the place of a backend's `distribution_lib`."""
 
     def prepare(self, distribution: Any) -> None:
         """Before a variable is made under the current distribution."""
