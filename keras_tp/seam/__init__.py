@@ -28,6 +28,7 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
 - `Layer._losses`, `_loss_ids` and `_metrics` are what a call adds to, and a tensor's
   `_keras_mask` what it is given besides; trial calls put them back.
 - A `Node` of a functional graph (`_operations`, `_inbound_nodes`) holds its constants.
+- What `keras_tp.enable` puts into Keras, and takes out again, is told in `distribution.py`.
 - Symbolic calls run in a `StatelessScope` and a `SymbolicScope`, mostly on the
   meta device.
 """

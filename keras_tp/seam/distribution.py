@@ -10,11 +10,15 @@ Patched by `install`, put back by `uninstall`:
   its layout there; on torch nobody does. What stands in a `StatelessScope` gets
   its value by the second, outside of every name scope.
 - `uniform` and `truncated_normal` of `keras.src.backend.torch.random` make
-  three and nine times the memory of what they return: see `thrift.py`.
+  three and nine times what they return: see `thrift.py`.
 
 Read, and never written: `ModelParallel._layout_map`, and the name scopes that
 are open, which hold the object that makes a variable. `Variable._layout` is
-where Keras keeps a layout, and `Optimizer.add_variable_from_reference` hands it on.
+where Keras keeps a layout, until 3.14 on JAX alone, and
+`Optimizer.add_variable_from_reference` hands it on.
+
+What layers and optimizers need to work with sharded variables (`hook_layers`,
+`hook_optimizers`) is made with the first one, and stays.
 """
 
 from __future__ import annotations
@@ -120,6 +124,8 @@ def _placed_init(original: Any, prepare: Callable[[Any], None], place: Any) -> A
         if current is not None and not is_symbolic():
             prepare(current)
         original(self, initializer, *args, **kwargs)
+        if "_layout" not in vars(self):  # until Keras 3.14 it is kept on JAX alone
+            self._layout = kwargs.get("layout")
         if self._value is None:
             vars(self)[_ROLE] = role
         elif (current is not None or self._layout is not None) and not is_symbolic():
@@ -137,7 +143,7 @@ def _placed_deferred(original: Any, prepare: Callable[[Any], None], place: Any) 
             prepare(current)
         original(self)
         role = vars(self).pop(_ROLE, Role.WEIGHT)
-        if (current is not None or self._layout is not None) and not is_symbolic():
+        if (current is not None or layout_of(self) is not None) and not is_symbolic():
             place(self, role, True)
 
     return deferred_initialize
@@ -162,7 +168,7 @@ def layout_map_of(distribution: Any) -> Any:
 
 def layout_of(variable: Any) -> Any:
     """The `TensorLayout` that a variable was made with, or None."""
-    return variable._layout
+    return getattr(variable, "_layout", None)
 
 
 def set_layout(variable: Any, layout: Any) -> None:
