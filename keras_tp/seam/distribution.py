@@ -12,14 +12,17 @@ Patched by `install`, put back by `uninstall`:
 - `random`, the backend's module, in `keras.src.initializers.random_initializers`:
   its `uniform` and `truncated_normal` make three and nine times the memory of
   what they return, so that initializers are given others: see `thrift.py`.
-
 - `Trainer._symbolic_build` and `make_predict_function` on torch, after which a
   model is built and about to be used, `fit`, `evaluate` and `predict`, which
   are given data, and `Distribution.distribute_dataset`.
 
 Read, and never written: `ModelParallel._layout_map`, and the name scopes that
 are open, which hold the object that makes a variable. `Variable._layout` is
-where Keras keeps a layout, and `Optimizer.add_variable_from_reference` hands it on.
+where Keras keeps a layout, until 3.14 on JAX alone, and
+`Optimizer.add_variable_from_reference` hands it on.
+
+What layers and optimizers need to work with sharded variables (`hook_layers`,
+`hook_optimizers`) is made with the first one, and stays.
 """
 
 from __future__ import annotations
@@ -151,6 +154,8 @@ def _placed_init(original: Any, work: Work) -> Any:
         if current is not None and not is_symbolic():
             work.prepare(current)
         original(self, initializer, *args, **kwargs)
+        if "_layout" not in vars(self):  # until Keras 3.14 it is kept on JAX alone
+            self._layout = kwargs.get("layout")
         if self._value is None:
             vars(self)[_ROLE] = role
         elif (current is not None or self._layout is not None) and not is_symbolic():
@@ -168,7 +173,7 @@ def _placed_deferred(original: Any, work: Work) -> Any:
             work.prepare(current)
         original(self)
         role = vars(self).pop(_ROLE, Role.WEIGHT)
-        if (current is not None or self._layout is not None) and not is_symbolic():
+        if (current is not None or layout_of(self) is not None) and not is_symbolic():
             work.place(self, role, True)
 
     return deferred_initialize
@@ -241,7 +246,7 @@ def layout_map_of(distribution: Any) -> Any:
 
 def layout_of(variable: Any) -> Any:
     """The `TensorLayout` that a variable was made with, or None."""
-    return variable._layout
+    return getattr(variable, "_layout", None)
 
 
 def distribution_of(variable: Any) -> Any:

@@ -97,7 +97,7 @@ def hook_optimizers() -> None:
         )
         slot = original_add(self, like, name=name, initializer=initializer)
         slot._shape = full_shape
-        slot._layout = reference_variable._layout
+        _copy_layout(reference_variable, slot)
         become_sharded(slot, sharding, slot._value.data)
         return slot
 
@@ -125,8 +125,13 @@ def adopt_slots(optimizer: Any, *, again: bool = False) -> None:
             shard_like(slot, reference)
         else:
             reshard_variable(slot, wanted)
-        slot._layout = reference._layout
+        _copy_layout(reference, slot)
     vars(optimizer)["_keras_tp_sharded"] = sharded
+
+
+def _copy_layout(reference: Any, slot: Any) -> None:
+    if getattr(reference, "_layout", None) is not None:
+        slot._layout = reference._layout
 
 
 def _check_gradients(grads: list[Any], variables: list[Any]) -> None:
