@@ -47,7 +47,8 @@ class DistributionWork:
             return
         carried_out = plan_carried_out(model)
         if carried_out is not None:
-            _check_same(model, carried_out, distribution)
+            if keras.distribution.distribution() is not None:
+                _check_same(model, carried_out, distribution)
             return
         part = parallelized_part(model)
         if part is None:

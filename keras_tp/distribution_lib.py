@@ -47,8 +47,7 @@ def list_devices(device_type: str | None = None) -> list[str]:
         LayoutError: devices that Keras does not compute on.
     """
     kind = device_kind()
-    asked = kind if device_type is None else str(device_type).lower()
-    if asked != kind:
+    if device_type is not None and str(device_type).lower() != kind:
         raise LayoutError(
             f"no devices of type {device_type!r}: Keras computes on {kind!r} in this process. The "
             "environment variable KERAS_TORCH_DEVICE, 'cpu' or 'cuda', picks another.",
@@ -72,8 +71,6 @@ def initialize(
     The ranks are those torchrun started, if it did. Otherwise these arguments
     say which, for which Keras looks into the `KERAS_DISTRIBUTION_*` environment
     variables. Without either, this process becomes a job of one.
-
-    A second call joins nothing.
 
     Args:
         job_addresses: `"host:port"` of every process, with commas between, or
@@ -161,7 +158,7 @@ def distribute_data_input(per_process_batch: Any, layout: Any, batch_dim_name: s
         batch_dim_name: the mesh axis along which replicas lie.
     """
     mesh = _mesh_of(layout)
-    if batch_dim_name not in mesh.axes:
+    if batch_dim_name not in mesh.axes or mesh.axis_size(batch_dim_name) == 1:
         return per_process_batch
     _join(mesh)
     return rows_from_process(per_process_batch, Axis.of(torch_mesh(mesh), batch_dim_name))
@@ -170,8 +167,7 @@ def distribute_data_input(per_process_batch: Any, layout: Any, batch_dim_name: s
 def parallelize_torch_module(module: Any, device_mesh: Any, parallelize_plan: Any) -> Any:
     """torch's `parallelize_module`, on a Keras or a torch mesh. Collective.
 
-    For torch modules, whose weights become DTensors; Keras models want
-    `keras_tp.parallelize`.
+    For torch modules, whose weights become DTensors; not for Keras models.
 
     Args:
         module: a `torch.nn.Module`, sharded in place.
@@ -203,7 +199,7 @@ def create_tp_plan_from_layout_map(model: Any, layout_map: Any) -> Plan:
 
 
 def is_dtensor_available() -> bool:
-    """Whether this torch has DTensors, without which nothing of `keras_tp` works."""
+    """Whether this torch has DTensors; without them nothing of `keras_tp` works."""
     return dist.is_available()
 
 
@@ -237,8 +233,7 @@ def _to_backend_layout(tensor_layout: Any) -> tuple[Placement, ...]:
 def _to_backend_device(device_name: Any) -> torch.device:
     """The torch device that a rank computes on, by Keras's name for it, e.g. `"gpu:1"`.
 
-    Of another rank's GPU, which this process cannot reach, it is the number on
-    a host with as many GPUs as this one.
+    Of another rank's GPU it is the number on a host with as many as this one.
 
     Raises:
         LayoutError: a device that is none of `list_devices()`.
@@ -256,9 +251,9 @@ def _to_backend_device(device_name: Any) -> torch.device:
         )
     if kind == "cpu":
         return torch.device("cpu")
-    here = rank == job_rank()
-    number = torch.cuda.current_device() if here else rank % torch.cuda.device_count()
-    return torch.device("cuda", number)
+    if rank == job_rank():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def _mesh_of(layout: Any) -> MeshShape:

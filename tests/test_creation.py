@@ -17,7 +17,9 @@ from counting import Collectives
 from keras import layers
 from keras.src.backend.common import variables as common
 from keras.src.backend.torch import random as torch_random
+from keras.src.backend.torch.trainer import TorchTrainer
 from keras.src.distribution import distribution_lib as public
+from keras.src.initializers import random_initializers
 from precision import real_float64
 from rank_pool import RankPool
 
@@ -90,10 +92,13 @@ def joined(parts: list[Any], axes: tuple[Any, ...]) -> Any:
 
 
 def patched() -> list[Any]:
+    owners = common.Variable, keras.Variable, TorchTrainer, public.Distribution, keras.Model
     return [
         keras.src.backend.distribution_lib,
         public.distribution_lib,
-        *(dict(vars(owner)) for owner in (common.Variable, torch_random, keras.Variable)),
+        random_initializers.random,
+        *(dict(vars(owner)) for owner in owners),
+        dict(vars(torch_random)),
     ]
 
 
@@ -105,7 +110,7 @@ def test_disable_puts_everything_back() -> None:
     keras_tp.enable()
     assert patched() == during
     assert public.distribution_lib is distribution_lib
-    assert sum(a != b for a, b in zip(before, during, strict=True)) == 4
+    assert sum(a != b for a, b in zip(before, during, strict=True)) == 6
     keras_tp.disable()
     assert patched() == before
     keras_tp.disable()
@@ -368,7 +373,9 @@ def reshard() -> list[Any]:
     with under(model_parallel({".*kernel": (None, "model"), ".*norm/gamma": ("model",)})) as made:
         model = small_model()
         model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
-        model.train_on_batch(x, y)  # so that there are slots, which are not zero
+        model.optimizer.build(model.trainable_variables)
+        for i, slot in enumerate(model.optimizer.momentums):
+            slot.assign(np.random.default_rng(i).random(slot.shape))
     before = {v.path: v.numpy() for v in [*model.variables, *model.optimizer.variables]}
     wanted = {
         ".*up/kernel": ("model", None),

@@ -189,9 +189,18 @@ def test_data_of_one_replica_stay_as_they_are() -> None:
     wide = mesh_of((1, 4), ["batch", "model"])
     layout = TensorLayout(("batch", None), wide)
     assert library.distribute_data_input(batch, layout, "batch") is batch
-    tall = TensorLayout(("batch", None), mesh_of((4, 1), ["batch", "model"]))
-    with pytest.raises(NotImplementedError, match="along axis 'batch'"):
-        library.distribute_data_input(batch, tall, "batch")
+
+
+def data_input() -> tuple[tuple[int, ...], list[float]]:
+    rank = library.process_id()
+    layout = TensorLayout(("batch", None), mesh_of((2, 1), ["batch", "model"]))
+    rows = library.distribute_data_input(np.full((2 + rank, 2), float(rank)), layout, "batch")
+    return tuple(rows.shape), rows[:, 0].tolist()
+
+
+def test_data_of_several_replicas_are_one_batch(ranks: Callable[[int], RankPool]) -> None:
+    """A rank's part taken for the whole batch: the mean of a mean."""
+    assert ranks(2)(data_input) == [((5, 2), [0.0, 0.0, 1.0, 1.0, 1.0])] * 2
 
 
 def test_plans_come_from_layout_maps() -> None:

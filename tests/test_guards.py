@@ -51,6 +51,7 @@ SEAM = {
 }
 ACT = {
     "agreement",
+    "application",
     "batches",
     "buckets",
     "calls",

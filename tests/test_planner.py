@@ -231,11 +231,16 @@ def test_axes_of_one_rank_shard_nothing() -> None:
     assert "one rank along model" in {layer.reason for layer in plan.layers}
 
 
-def test_a_batch_axis_that_shares_out_no_rows_is_said() -> None:
-    """Two replicas that compute the same batch, where the user counts on half of it each."""
+def test_what_replicas_share_out_and_communicate_is_said() -> None:
+    """Replicas that compute other rows cannot sum or join a layer's output along their axis; a
+    weight that is cut along it is gathered, and its gradient summed and cut."""
     layout = {"sequential/dense/kernel": ("batch", "model")}
     plan = keras_tp.plan(models.dense_stack(), layout_map(layout, {"batch": 2, "model": 2}))
-    assert any("each of its 2 replicas computes the whole batch" in note for note in plan.notes)
+    assert any("each of its 2 replicas computes its own" in note for note in plan.notes)
+    (dense,) = (layer for layer in plan.layers if layer.path == "sequential/dense")
+    assert [str(c) for c in dense.forward if c.axis == "batch"] == ["all_gather kernel"]
+    assert [str(c) for c in dense.backward if c.axis == "batch"] == ["reduce_scatter kernel"]
+    assert dense.style == "gathered + column"
 
 
 def test_what_a_plan_leaves_idle_or_reads_in_full_is_noted() -> None:
