@@ -48,7 +48,7 @@ def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Shapes:
     """
     variables = variables_of(owners)
     unit = unit_of([o.layer.compute_dtype for o in owners])
-    allowed = units_allowed(unit) * unit
+    allowed = _allowed(unit)
 
     def results(nudge: Nudge, fixed: Shapes | None) -> list[torch.Tensor]:
         nudged = nudged_weights(variables if nudge.unit else (), nudge)
@@ -69,12 +69,16 @@ def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Shapes:
         raise LayoutError(
             f"its rows are not computed alone: of {ROWS} rows on each replica, results differ by "
             f"{gap:.1e} (rounding: {allowed:.1e}) from those of all rows together. "
-            f"{_who_mixes(owners, call, whole, allowed)} A layer with `layer.all_rows = True`, set "
+            f"{_who_mixes(owners, call, whole, unit)} A layer with `layer.all_rows = True`, set "
             "before it is parallelized, is given all rows on every replica; with batch_axis=None "
             "the whole model is.",
             where=where,
         )
     return whole & some
+
+
+def _allowed(unit: float) -> float:
+    return units_allowed(unit) * unit
 
 
 def _largest_gap(
@@ -95,16 +99,21 @@ def _largest_gap(
     return worst.item()
 
 
-def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, allowed: float) -> str:
+def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, unit: float) -> str:
     """The first layer whose outputs differ, in words. Collective."""
 
-    def outputs(shapes: Shapes | None) -> list[tuple[str, torch.Tensor]]:
-        with restored(owners, trained=False), torch.no_grad(), _recorded(owners) as record:
-            call(Nudge(0.0, seed=0), shapes)
-        return record
+    def outputs(nudge: Nudge, shapes: Shapes | None) -> list[tuple[str, torch.Tensor]]:
+        nudged = nudged_weights(variables_of(owners) if nudge.unit else (), nudge)
+        record = _recorded(owners)
+        with restored(owners, trained=False), torch.no_grad(), nudged, record as given:
+            call(nudge, shapes)
+        return given
 
-    for (path, one), (_, other) in zip(outputs(None), outputs(fixed), strict=False):
-        if _largest_gap([one], [other], (), 0.0) > allowed:
+    still = Nudge(0.0, seed=0)
+    one, many = outputs(still, None), outputs(still, fixed)
+    nudged = [outputs(Nudge(unit, seed), None) for seed in range(NUDGES)]
+    for (path, whole), (_, rows), *again in zip(one, many, *nudged, strict=False):
+        if _largest_gap([whole], [rows], [[t] for _, t in again], unit) > _allowed(unit):
             return f"The first layer whose outputs do is '{path}'."
     return "No layer's outputs do: look at losses it adds, or at how the model joins them."
 
