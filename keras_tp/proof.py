@@ -1,11 +1,12 @@
 """Whether a model treats the rows of a batch alone, shown on a few rows of its first batches.
 
 Nobody can tell from Python code whether a layer mixes rows: a mean over the
-batch, a contrastive loss, a permutation. So before replicas share out rows for the
-first time, in training and in inference, they compute two rows of each, once as
-they will from then on and once all of them on every rank, from the same state.
-What differs by more than rounding, which is measured (`keras_tp.rounding`), is an
-error that names the layer. It costs four calls on a few rows.
+batch, a penalty on how experts are used, a permutation. So before replicas share out
+rows for the first time, in training and in inference, they compute two rows of
+each, once as they will from then on and once all of them on every rank, from the
+same state. Layers whose outputs or losses differ by more than rounding, which is
+measured (`keras_tp.rounding`), are told to the caller; if no layer's do, but the
+model's, that is an error. It costs four calls on a few rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -24,7 +26,7 @@ from keras_tp.errors import LayoutError
 from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
 from keras_tp.seam.contexts import current_replicas
 from keras_tp.seam.layers import Owner, states_of, variables_of
-from keras_tp.seam.rows import recorded_draws
+from keras_tp.seam.rows import own_losses, recorded_draws
 from keras_tp.seam.trials import nudged_weights, restored
 from keras_tp.seam.variables import local_tensor
 
@@ -35,46 +37,70 @@ Shapes = Set[tuple[int, ...]]
 # Calls the model on some rows, nudged, with the shapes of what is not drawn by row; with
 # None for them, on every rank alike.
 Call = Callable[[Nudge, Shapes | None], Any]
+_Record = list[tuple[int, torch.Tensor]]  # a layer, and what it gave
 
 
-def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Shapes:
-    """Raises LayoutError on every rank if the replicas' rows come out other than all rows do.
+@dataclass(frozen=True)
+class Proof:
+    """What was found.
+
+    Attributes:
+        fixed: the shapes in which random numbers were drawn for some rows and for
+            all: what has one of these is drawn whole, though it begin with the
+            number of rows.
+        gap: the largest difference.
+        mixing: indices of layers below the model that want all rows. Only the first of those whose
+            outputs differ, as it may be why those of others do.
+    """
+
+    fixed: Shapes
+    gap: float
+    mixing: tuple[int, ...]
+
+
+def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Proof:
+    """Compares the replicas' rows with all rows; `mixing` is empty if they come out alike.
 
     Collective.
 
-    Returns:
-        The shapes in which random numbers were drawn for some rows and for all: what
-        has one of these is drawn whole, though it begin with the number of rows.
+    Raises:
+        LayoutError: on every rank, if they do not, and no layer is to blame.
     """
-    variables = variables_of(owners)
     unit = unit_of([o.layer.compute_dtype for o in owners])
-    allowed = _allowed(unit)
-
-    def results(nudge: Nudge, fixed: Shapes | None) -> list[torch.Tensor]:
-        nudged = nudged_weights(variables if nudge.unit else (), nudge)
-        with restored(owners, trained=False), torch.no_grad(), nudged:
-            outputs = call(nudge, fixed)
-            tensors = [*keras.tree.flatten(outputs), *owners[0].layer.losses]
-            tensors += [local_tensor(v) for v in states_of(owners)]
-            return [t.detach().clone() for t in tensors if isinstance(t, torch.Tensor)]
-
     still = Nudge(0.0, seed=0)
     with recorded_draws(by_replicas=False) as whole:
-        wanted = results(still, None)
+        wanted = _results(owners, call, still, None)
     with recorded_draws(by_replicas=True) as some:
-        found = results(still, whole)
-    nudged = [results(Nudge(unit, seed), None) for seed in range(NUDGES)]
+        found = _results(owners, call, still, whole)
+    nudged = [_results(owners, call, Nudge(unit, seed), None) for seed in range(NUDGES)]
     gap = _largest_gap(wanted, found, nudged, unit)
-    if gap > allowed:
+    mixing = _who_mixes(owners, call, whole, unit) if gap > _allowed(unit) else ()
+    if gap > _allowed(unit) and not mixing:
         raise LayoutError(
             f"its rows are not computed alone: of {ROWS} rows on each replica, results differ by "
-            f"{gap:.1e} (rounding: {allowed:.1e}) from those of all rows together. "
-            f"{_who_mixes(owners, call, whole, unit)} A layer with `layer.all_rows = True`, set "
-            "before it is parallelized, is given all rows on every replica; with batch_axis=None "
-            "the whole model is.",
+            f"{gap:.1e} (rounding: {_allowed(unit):.1e}) from those of all rows together, though "
+            "no layer's do: look at how the model joins their outputs. With batch_axis=None every "
+            "replica computes all rows.",
             where=where,
         )
-    return whole & some
+    return Proof(whole & some, gap, mixing)
+
+
+def _results(
+    owners: Sequence[Owner], call: Call, nudge: Nudge, fixed: Shapes | None
+) -> list[torch.Tensor]:
+    with _trial(owners, nudge):
+        outputs = call(nudge, fixed)
+        tensors = [*keras.tree.flatten(outputs), *owners[0].layer.losses]
+        tensors += [local_tensor(v) for v in states_of(owners)]
+        return [t.detach().clone() for t in tensors if isinstance(t, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def _trial(owners: Sequence[Owner], nudge: Nudge) -> Iterator[None]:
+    nudged = nudged_weights(variables_of(owners) if nudge.unit else (), nudge)
+    with restored(owners, trained=False), torch.no_grad(), nudged:
+        yield
 
 
 def _allowed(unit: float) -> float:
@@ -99,42 +125,48 @@ def _largest_gap(
     return worst.item()
 
 
-def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, unit: float) -> str:
-    """The first layer whose outputs differ, in words. Collective."""
+def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, unit: float) -> tuple[int, ...]:
+    """The layers that are to blame; see `Proof.mixing`. Collective."""
 
-    def outputs(nudge: Nudge, shapes: Shapes | None) -> list[tuple[str, torch.Tensor]]:
-        nudged = nudged_weights(variables_of(owners) if nudge.unit else (), nudge)
-        record = _recorded(owners)
-        with restored(owners, trained=False), torch.no_grad(), nudged, record as given:
+    def run(nudge: Nudge, shapes: Shapes | None) -> tuple[_Record, _Record]:
+        with _trial(owners, nudge), _recorded(owners) as outputs:
             call(nudge, shapes)
-        return given
+            losses = [(i, t.detach()) for i, o in enumerate(owners) for t in own_losses(o.layer)]
+            return outputs, losses
 
     still = Nudge(0.0, seed=0)
-    one, many = outputs(still, None), outputs(still, fixed)
-    nudged = [outputs(Nudge(unit, seed), None) for seed in range(NUDGES)]
-    for (path, whole), (_, rows), *again in zip(one, many, *nudged, strict=False):
-        if _largest_gap([whole], [rows], [[t] for _, t in again], unit) > _allowed(unit):
-            return f"The first layer whose outputs do is '{path}'."
-    return "No layer's outputs do: look at losses it adds, or at how the model joins them."
+    one, many = run(still, None), run(still, fixed)
+    nudged = [run(Nudge(unit, seed), None) for seed in range(NUDGES)]
+    blamed: list[int] = []
+    for kind in (0, 1):  # outputs, losses
+        for (i, whole), (_, rows), *again in zip(
+            one[kind], many[kind], *(n[kind] for n in nudged), strict=False
+        ):
+            # (What is no longer by row, such as tokens in one line, shows further on.)
+            if i == 0 or i in blamed or (kind == 0 and (blamed or whole.shape != rows.shape)):
+                continue
+            if _largest_gap([whole], [rows], [[t] for _, t in again], unit) > _allowed(unit):
+                blamed.append(i)
+    return tuple(blamed)
 
 
 @contextlib.contextmanager
-def _recorded(owners: Sequence[Owner]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def _recorded(owners: Sequence[Owner]) -> Iterator[_Record]:
     """While open, what layers give, in the order in which they are done; rows of all replicas."""
-    record: list[tuple[str, torch.Tensor]] = []
+    record: _Record = []
 
-    def listen(path: str) -> Any:
+    def listen(i: int) -> Any:
         def hook(layer: Any, args: Any, outputs: Any) -> None:
             replicas = current_replicas()
             for leaf in keras.tree.flatten(outputs):
                 if isinstance(leaf, torch.Tensor) and leaf.dim():
                     if replicas is not None and leaf.shape[0] == replicas.rows:
                         leaf = replicas.gather(leaf)
-                    record.append((path, leaf))
+                    record.append((i, leaf))
 
         return hook
 
-    handles = [o.layer.register_forward_hook(listen(o.path)) for o in owners]
+    handles = [o.layer.register_forward_hook(listen(i)) for i, o in enumerate(owners)]
     try:
         yield record
     finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,15 +23,15 @@ import torch
 
 from keras_tp.buckets import Buckets, summed
 from keras_tp.collectives import Axis, join, reduce
-from keras_tp.errors import LayoutError
+from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import row_counts
 from keras_tp.proof import ROWS, Shapes, prove_rows
 from keras_tp.rounding import Nudge
 from keras_tp.row_collectives import gather_rows, split_rows, sum_over
 from keras_tp.rows import Rows
 from keras_tp.seam.contexts import current_replicas, is_stateless, is_symbolic, on_rows_of
-from keras_tp.seam.layers import Owner, variables_of
-from keras_tp.seam.rows import average_losses, with_mask
+from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.rows import average_losses, own_losses, with_mask
 from keras_tp.seam.variables import cut_along, local_tensor
 
 ALIKE = "With batch_axis=None every replica computes all rows."
@@ -44,6 +45,7 @@ class Replicas:
         counts: rows of each.
         variables: those of the model, in the order in which it is expected to use them.
         fixed: shapes in which random numbers are drawn whatever the number of rows.
+        training: whether the model is called for training.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Replicas:
         counts: tuple[int, ...],
         variables: Sequence[Any],
         fixed: Shapes = frozenset(),
+        training: bool = False,
     ):
+        self.training = training
         self.fixed = fixed
         self.along = axis
         self.counts = counts
@@ -63,6 +67,7 @@ class Replicas:
         whole = [v for v in variables if not cut_along(v, self.axis)]
         self._buckets = Buckets([local_tensor(v) for v in whole], axis)
         self._renewed: dict[int, torch.Tensor] = {}
+        self.whole_losses: set[int] = set()
 
     def own(self, variable: Any) -> torch.Tensor:
         """What this rank stores of a variable; backward, the sum of the replicas' gradients.
@@ -129,10 +134,11 @@ class RowsCall:
         counts = _counts_of((args, kwargs)) or row_counts(total, self.axis.size)
         training = bool(kwargs.get("training"))
         if training not in self.proven and not torch.compiler.is_compiling():
-            self.proven[training] = self._prove(args, kwargs, counts)
-        return self._share_out(args, kwargs, counts, self.proven.get(training, frozenset()))
+            self.proven[training] = self._prove(args, kwargs, counts, training)
+        fixed = self.proven.get(training, frozenset())
+        return self._share_out(args, kwargs, counts, fixed, training)
 
-    def _prove(self, args: Any, kwargs: Any, counts: tuple[int, ...]) -> Shapes:
+    def _prove(self, args: Any, kwargs: Any, counts: tuple[int, ...], training: bool) -> Shapes:
         few = min(ROWS, *counts)
         rows = [i for end in itertools.accumulate(counts) for i in range(end - few, end)]
 
@@ -150,12 +156,37 @@ class RowsCall:
             given = keras.tree.map_structure(lambda leaf: some(leaf, nudge), (args, kwargs))
             if fixed is None:
                 return self.original(*given[0], **given[1])
-            return self._share_out(given[0], given[1], (few,) * len(counts), fixed)
+            return self._share_out(given[0], given[1], (few,) * len(counts), fixed, training)
 
-        return prove_rows(self.owners, call, self.where)
+        given_all: list[Owner] = []
+        while (proof := prove_rows(self.owners, call, self.where)).mixing:
+            mixing = [self.owners[i] for i in proof.mixing]
+            again = [owner.path for owner in mixing if owner in given_all]
+            if again:
+                raise LayoutError(
+                    f"its rows are not computed alone (results differ by {proof.gap:.1e}), though "
+                    f"{', '.join(map(repr, again))} is given all rows. {ALIKE}",
+                    where=self.where,
+                )
+            for owner in mixing:
+                give_all_rows(owner.layer, training)
+            given_all += mixing
+        if given_all:
+            paths = ", ".join(f"'{owner.path}'" for owner in given_all)
+            warnings.warn(
+                f"{'in training' if training else 'in inference'}, {paths} mix the rows of a "
+                "batch: outputs or losses of some rows are not those of all. From now on each "
+                "replica computes them on all rows: the same numbers, at the price of one "
+                "process. Layers that say so, `layer.all_rows = True`, stand in the plan.",
+                LayoutWarning,
+                stacklevel=2,
+            )
+        return proof.fixed
 
-    def _share_out(self, args: Any, kwargs: Any, counts: tuple[int, ...], fixed: Shapes) -> Any:
-        replicas = Replicas(self.axis, counts, self.variables, fixed)
+    def _share_out(
+        self, args: Any, kwargs: Any, counts: tuple[int, ...], fixed: Shapes, training: bool
+    ) -> Any:
+        replicas = Replicas(self.axis, counts, self.variables, fixed, training)
 
         def mine(leaf: Any) -> Any:
             if not _has_rows(leaf):
@@ -205,10 +236,12 @@ class WholeRowsCall:
 
     def __init__(self, layer: Any):
         self.original = layer.call
+        self.owners = walk_layers(layer)
+        self.modes: set[bool] = set()  # in inference, in training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         replicas = current_replicas()
-        if replicas is None or is_symbolic():
+        if replicas is None or is_symbolic() or replicas.training not in self.modes:
             return self.original(*args, **kwargs)
 
         def whole(leaf: Any) -> Any:
@@ -224,7 +257,16 @@ class WholeRowsCall:
         args, kwargs = keras.tree.map_structure(whole, (args, kwargs))
         with on_rows_of(None):
             outputs = self.original(*args, **kwargs)
+        # Each replica has the whole of these, and their whole gradient.
+        replicas.whole_losses |= {id(x) for o in self.owners for x in own_losses(o.layer)}
         return keras.tree.map_structure(mine, outputs)
+
+
+def give_all_rows(layer: Any, *modes: bool) -> None:
+    """Has a layer compute on all rows, in inference (False) or training (True)."""
+    if not isinstance(layer.call, WholeRowsCall):
+        layer.call = WholeRowsCall(layer)
+    layer.call.modes |= set(modes)
 
 
 _ALIKE: list[bool] = []

@@ -14,7 +14,7 @@ from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
-from keras_tp.replicas import RowsCall, WholeRowsCall
+from keras_tp.replicas import RowsCall, give_all_rows
 from keras_tp.rules import computation_of
 from keras_tp.seam.distribution import layout_of, set_layout
 from keras_tp.seam.layers import (
@@ -81,7 +81,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         if decided_layer.rows == "statistics":
             share_statistics(owner.layer)
         if decided_layer.rows == "all":
-            owner.layer.call = WholeRowsCall(owner.layer)
+            give_all_rows(owner.layer, False, True)
     adopt_optimizer(model, plan.mesh)
     if plan.batch_axis is not None:
         hook_random()

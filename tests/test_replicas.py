@@ -167,28 +167,58 @@ def noisy() -> Any:
     return keras.Sequential([keras.Input((8,)), Noisy(), layers.Dense(4), layers.Dropout(0.2)])
 
 
-def refusal(layer: str, training: bool) -> str:
-    model = replicated(around(lambda: globals()[layer](name="odd")), batch=2)
+def mixed(layer: str) -> tuple[list[str], float]:
+    """What is said of a layer that mixes rows, and the largest difference from one process."""
+
+    def build() -> Any:
+        return around(lambda: globals()[layer](name="odd"))
+
+    data = layer_cases.floats(7, 8), layer_cases.floats(7, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = parity.compare(build, {}, {"batch": 2}, data)
+    said = [str(w.message) for w in caught if w.category is keras_tp.LayoutWarning]
+    return said, report.worst()
+
+
+@pytest.mark.parametrize("layer", ["Centred", "Torn", "Summed"])
+def test_what_mixes_rows_is_found_named_and_given_all(ranks: Any, layer: str) -> None:
+    """A mean over the rows of one replica is another number, and nobody would see it; so is a
+    penalty that is no mean over rows, as the balance of experts in KerasHub's models."""
+    for said, worst in ranks(2)(mixed, layer):
+        assert any("in training, 'sequential/odd' mix the rows" in text for text in said)
+        assert worst < 1e-10
+
+
+class Joined(keras.Model):
+    """Mixes rows in no layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = layers.Dense(4)
+
+    def call(self, x: Any) -> Any:
+        y = self.dense(x)
+        return y - keras.ops.mean(y, axis=0)
+
+
+def refusal() -> str:
+    keras.utils.set_random_seed(0)
+    model = Joined()
+    model(torch.zeros(2, 8))
+    replicated(model, batch=2)
     try:
-        model(torch.zeros(6, 8) + torch.arange(6.0)[:, None], training=training)
+        model(torch.arange(48.0).reshape(6, 8))
     except keras_tp.LayoutError as error:
         return str(error)
     return ""
 
 
-@pytest.mark.parametrize(
-    ("layer", "says"),
-    [
-        ("Centred", "/odd'."),
-        ("Torn", "/odd'."),
-        ("Summed", "look at losses it adds"),
-    ],
-)
-def test_what_mixes_rows_is_found_and_named(ranks: Any, layer: str, says: str) -> None:
-    """A mean over the rows of one replica is another number, and nobody would see it."""
-    for message in ranks(2)(refusal, layer, True):
-        assert says in message
-        assert "all_rows = True" in message
+def test_a_model_that_mixes_rows_itself_is_refused(ranks: Any) -> None:
+    """No layer can be given all rows that would make it right."""
+    for message in ranks(2)(refusal):
+        assert "though no layer's do: look at how the model joins" in message
+        assert "batch_axis=None" in message
 
 
 def no_rows() -> str:

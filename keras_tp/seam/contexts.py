@@ -31,12 +31,16 @@ class Replicas(Protocol):
         rows: of this replica.
         total: of all replicas.
         fixed: shapes in which random numbers are drawn whatever the number of rows.
+        training: whether the model is called for training.
+        whole_losses: ids of losses that every replica has of all rows.
     """
 
     axis: str
     rows: int
     total: int
     fixed: Set[tuple[int, ...]]
+    training: bool
+    whole_losses: set[int]
 
     def own(self, variable: Any) -> torch.Tensor:
         """What this rank stores of a variable, for use on its rows."""

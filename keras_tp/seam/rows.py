@@ -173,13 +173,23 @@ def _mean_and_variance(x: Any, dims: list[int], replicas: Replicas) -> Any:
     return mean, variance
 
 
+def own_losses(layer: Any) -> list[torch.Tensor]:
+    """The losses that a layer itself has added."""
+    return layer._losses
+
+
 def average_losses(owners: Iterable[Owner], replicas: Replicas) -> None:
     """Makes losses that layers have added those of all rows: the mean, weighted by rows.
 
-    One all-reduce for all. A loss that sums over rows is not what Keras's own
+    One all-reduce for all but those that layers have of all rows. A loss that sums over rows is not what Keras's own
     penalties are, and is found by the proof (`keras_tp.proof`).
     """
-    added = [(o.layer._losses, i) for o in owners for i in range(len(o.layer._losses))]
+    added = [
+        (o.layer._losses, i)
+        for o in owners
+        for i, loss in enumerate(o.layer._losses)
+        if id(loss) not in replicas.whole_losses
+    ]
     if not added:
         return
     values = [losses[i] for losses, i in added]

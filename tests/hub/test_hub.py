@@ -147,6 +147,8 @@ def train(name: str, size: int, float64: bool) -> parity.Report:
         stack.enter_context(warnings.catch_warnings())
         if "qwen3 moe" in name:
             ignore_unused_patterns()
+        if "moe" in name and size == 4:  # two replicas: how experts are balanced is of all rows
+            warnings.filterwarnings("ignore", "in training, .*moe_block", keras_tp.LayoutWarning)
         if float64:
             stack.enter_context(casts_to_float64())
         return parity.compare(
@@ -241,11 +243,11 @@ def test_plan_of_llama() -> None:
     for block in "01":
         for name in ("query", "key", "value"):
             assert one_axis[f"{block}/self_attention/{name}"] == "row"
-            assert two_axes[f"{block}/self_attention/{name}"] == "column + row"
+            assert two_axes[f"{block}/self_attention/{name}"] == "gathered + row"
         assert one_axis[f"{block}/self_attention/attention_output"] == "row"
         for name in ("intermediate", "gate"):
             assert one_axis[f"{block}/feedforward_{name}_dense"] == "column"
-            assert two_axes[f"{block}/feedforward_{name}_dense"] == "row + column"
+            assert two_axes[f"{block}/feedforward_{name}_dense"] == "gathered + column"
         assert one_axis[f"{block}/feedforward_output_dense"] == "row"
         assert one_axis[f"{block}/feedforward_layernorm"] == "replicated"
     assert one_axis["token_embedding"] == "gathered"
