@@ -23,7 +23,7 @@ SAID = re.compile(r"KERAS_BACKEND|KERAS_DISTRIBUTION_.*|(LOCAL_)?RANK|WORLD_SIZE
 
 
 def run(
-    folder: Path, *jobs: tuple[tuple[str, ...], dict[str, str]], timeout: float = 120
+    folder: Path, *jobs: tuple[tuple[str, ...], dict[str, str]], timeout: float = 240
 ) -> list[str]:
     """Runs commands side by side, each with its environment; what each printed.
 
