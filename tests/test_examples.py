@@ -87,7 +87,7 @@ def check(printed: str, ranks: int) -> None:
 def test_a_script_for_keras_distribution_trains_as_one_process_does(
     tmp_path: Path, ranks: int
 ) -> None:
-    """Replicas that average gradients, or a scope that shards nothing, change the numbers.
+    """Replicas that average gradients train another model, ones that read all rows do others' work.
 
     Seen to fail with gradients divided by the number of replicas ("the runs differ"), and
     with loaders that every replica reads whole (the rows).
@@ -99,7 +99,7 @@ def test_a_script_for_keras_distribution_trains_as_one_process_does(
 def test_two_hosts_that_torchrun_joins(tmp_path: Path) -> None:
     """Ranks of two hosts have the same LOCAL_RANK: one taken for the rank makes two first ones.
 
-    Seen to fail with `job_rank` of LOCAL_RANK.
+    Seen to fail with a verdict of each host's first rank.
     """
     where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
     here = ("--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1")
