@@ -8,10 +8,13 @@ PYTHON ?= python3
 RANKS ?= 2
 BIN = .venv/bin
 
-.PHONY: demo test test-hub test-jax layers check bench clean FORCE
+.PHONY: demo demo-api test test-hub test-jax layers check bench clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
+
+demo-api: .venv/run
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.distribution_api
 
 test: .venv/test
 	$(BIN)/python -m pytest

@@ -168,3 +168,17 @@ def test_the_readme_program_runs(tmp_path: Path) -> None:
     shown = readme.split("The plan, as `print` shows it")[1].split("```")[1].splitlines()
     printed = job.stdout.splitlines()
     assert [line for line in shown if line not in printed] == []
+
+
+def test_the_readme_program_for_keras_distribution_runs(tmp_path: Path) -> None:
+    """Without one line of it Keras trains as many whole models as there are ranks.
+
+    Seen to fail without `enable`, and with patterns that match nothing.
+    """
+    readme = (ROOT / "README.md").read_text()
+    program = tmp_path / "program.py"
+    program.write_text(readme.split("```python\n")[2].split("```")[0])
+    job = torchrun(str(program))
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("- loss: ") == 2
+    assert job.stdout.count("(128, 256)") == 2
