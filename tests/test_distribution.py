@@ -48,3 +48,213 @@ def test_data_parallel_training(ranks: Any, size: int, rows: int, options: dict[
         assert {"val_auc", "f1_score", "weighted_auc", "one_hot_mean_io_u"} < set(differences)
         assert sum(name.startswith("optimizer") for name in differences) == 18
         assert max(differences.values()) < EXACT, differences
+
+
+def trained_by_model(shape: tuple[int, int]) -> tuple[dict[str, float], dict[str, Any]]:
+    made = []
+
+    def script(scope: Scope) -> dict[str, Any]:
+        x, y = classes(6, seed=1)
+        with scope():
+            made.append(compiled(classifier()))
+            return fitted(made[-1], 9, validation_data=(x, y))
+
+    differences = both(script, lambda: distributed.model_parallel(shape, LAYOUT))
+    return differences, {
+        v.path.removeprefix("classifier/"): (tuple(local_tensor(v).shape), v._layout.axes)
+        for v in made[-1].variables
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "up", "middle", "gamma"),
+    [
+        ((1, 1), (6, 8), (8, 8), 8),
+        ((1, 2), (6, 4), (4, 8), 8),
+        ((2, 1), (3, 8), (8, 4), 4),
+        ((1, 4), (6, 2), (2, 8), 8),
+        ((4, 1), (2, 8), (8, 2), 2),
+        ((2, 2), (3, 4), (4, 4), 4),
+    ],
+)
+def test_model_parallel_training(
+    ranks: Any, shape: tuple[int, int], up: Any, middle: Any, gamma: int
+) -> None:
+    """Axis "batch" on weights and on rows: a gradient summed twice along it, or once too few; what
+    is cut along one axis taken for what is cut along the other."""
+    results = ranks(shape[0] * shape[1])(trained_by_model, shape)
+    for rank, (differences, stored) in enumerate(results):
+        assert max(differences.values()) < EXACT, differences
+        if shape[0] == 4:  # 6 rows on 4 ranks, by torch.chunk's rule
+            up = ((2, 2, 2, 0)[rank], 8)
+        assert stored["up/kernel"] == (up, ("batch", "model"))
+        assert stored["middle/kernel"] == (middle, ("model", "batch"))
+        assert stored["norm/gamma"] == ((gamma,), ("batch",))
+        assert stored["norm/beta"] == ((8,), (None,))
+
+
+# The map of a KerasHub backbone in small.
+TRANSFORMER = {
+    "tokens/embeddings": ("model", "batch"),
+    r".*(query|key|value)/kernel": ("batch", "model", None),
+    r".*attention_output/kernel": ("model", None, "batch"),
+    r"up_\d+/kernel": ("batch", "model"),
+    r"down_\d+/kernel": ("model", "batch"),
+    "head/kernel": ("batch", "model"),
+}
+
+
+def trained_transformer(shape: tuple[int, int]) -> dict[str, float]:
+    def script(scope: Scope) -> dict[str, Any]:
+        x, y = models.transformer_data()
+        with scope():
+            model = models.transformer()
+            model.compile("adamw", parity_loss(), weighted_metrics=["accuracy"])
+            found = model.fit(x, y, sample_weight=(y > 3) * 1.0, batch_size=3, epochs=2, verbose=0)
+            return {**found.history, "predicted": model.predict(x, verbose=0), **state(model)}
+
+    return both(script, lambda: distributed.model_parallel(shape, TRANSFORMER))
+
+
+def parity_loss() -> Any:
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 2)])
+def test_a_transformer_under_model_parallel(ranks: Any, shape: tuple[int, int]) -> None:
+    """Kernels of three dims, embeddings and slots cut along both axes; tokens without weight."""
+    for differences in ranks(shape[0] * shape[1])(trained_transformer, shape):
+        assert max(differences.values()) < EXACT, differences
+
+
+# Where a model meets its distribution.
+
+
+class Own(keras.Model):
+    """Has no variables before it is called."""
+
+    def __init__(self) -> None:
+        super().__init__(name="classifier")
+        self.up = layers.Dense(8, "gelu", name="up")
+        self.norm = layers.BatchNormalization(name="norm")
+        self.drop = layers.Dropout(0.3)
+        self.middle = layers.Dense(8, "tanh", name="middle")
+        self.down = layers.Dense(4, "softmax", name="down")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        x = self.drop(self.norm(self.up(x), training=training), training=training)
+        return self.down(self.middle(x))
+
+
+def built_before(scope: Scope) -> dict[str, Any]:
+    model = compiled(classifier())
+    with scope():
+        return fitted(model)
+
+
+def trained_before(scope: Scope) -> dict[str, Any]:
+    model = compiled(classifier())
+    model.fit(*classes(8), batch_size=4, verbose=0)
+    model.predict(classes(8)[0], verbose=0)
+    with scope():
+        return fitted(model)
+
+
+def fitted_outside(scope: Scope) -> dict[str, Any]:
+    with scope():
+        model = classifier()
+    return fitted(compiled(model))
+
+
+def fitted_twice(scope: Scope) -> dict[str, Any]:
+    with scope():
+        model = compiled(classifier())
+        first = fitted(model)
+        again = fitted(model)
+    return {**{f"first {name}": value for name, value in first.items()}, **again, **fitted(model)}
+
+
+def compiled_anew(scope: Scope) -> dict[str, Any]:
+    with scope():
+        model = compiled(classifier())
+        fitted(model)
+        model.compile("sgd", "mse")
+        return fitted(model)
+
+
+def evaluated_first(scope: Scope) -> dict[str, Any]:
+    x, y = classes(10)
+    with scope():
+        model = compiled(Own())
+        return {"evaluated": model.evaluate(x, y, batch_size=4, verbose=0), **fitted(model)}
+
+
+def predicted_first(scope: Scope) -> dict[str, Any]:
+    with scope():
+        model = Own()
+        predicted = model.predict(classes(10, seed=2)[0], batch_size=4, verbose=0)
+        return {"before": predicted, **fitted(compiled(model))}
+
+
+def batch_trained_first(scope: Scope) -> dict[str, Any]:
+    x, y = classes(5)
+    with scope():
+        model = compiled(Own())
+        losses = [model.train_on_batch(x, y, class_weight={0: 2, 1: 1, 2: 1, 3: 0})]
+        losses += [model.train_on_batch(x, y, sample_weight=np.arange(5.0)) for _ in range(2)]
+        return {"losses": losses, **state(model)}
+
+
+def batch_tested_first(scope: Scope) -> dict[str, Any]:
+    with scope():
+        model = compiled(Own())
+        return {"tested": model.test_on_batch(*classes(5)), **fitted(model)}
+
+
+def batch_predicted_first(scope: Scope) -> dict[str, Any]:
+    with scope():
+        model = Own()
+        return {"before": model.predict_on_batch(classes(5)[0]), **fitted(compiled(model))}
+
+
+def set_and_unset(scope: Scope) -> dict[str, Any]:
+    with scope():
+        current = keras.distribution.distribution()
+    keras.distribution.set_distribution(current)
+    model = compiled(classifier())
+    found = fitted(model)
+    keras.distribution.set_distribution(None)
+    return {**found, **fitted(model)}
+
+
+LIFE = [
+    built_before,
+    trained_before,
+    fitted_outside,
+    fitted_twice,
+    compiled_anew,
+    evaluated_first,
+    predicted_first,
+    batch_trained_first,
+    batch_tested_first,
+    batch_predicted_first,
+    set_and_unset,
+]
+
+
+def lived(name: str, shape: tuple[int, int] | None) -> dict[str, float]:
+    def make() -> Any:
+        if shape is None:
+            return distributed.data_parallel()
+        return distributed.model_parallel(shape, LAYOUT)
+
+    return both(globals()[name], make)
+
+
+@pytest.mark.parametrize("life", LIFE)
+@pytest.mark.parametrize("shape", [None, (2, 2)])
+def test_where_a_model_meets_its_distribution(ranks: Any, life: Any, shape: Any) -> None:
+    """A model that is carried into a scope or out of it is parallelized once, whatever is asked of
+    it first: neither left alone, so that each rank trains it for itself, nor sharded twice."""
+    for differences in ranks(2 if shape is None else 4)(lived, life.__name__, shape):
+        assert max(differences.values()) < EXACT, differences
