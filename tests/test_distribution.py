@@ -6,7 +6,6 @@ from typing import Any
 
 import distributed
 import keras
-import keras_tp
 import models
 import numpy as np
 import parity
@@ -14,9 +13,11 @@ import pytest
 import torch
 from distributed import LAYOUT, Scope, both, classes, classifier, compiled, fitted, state
 from keras import layers
-from precision import real_float64
+from torch.utils.data import DataLoader, TensorDataset
 
-from keras_tp.seam.variables import local_tensor
+import keras_tp
+from keras_tp.seam.distribution import layout_map_of
+from keras_tp.seam.variables import awaits_plan, local_tensor
 
 EXACT = 1e-10
 
@@ -258,3 +259,200 @@ def test_where_a_model_meets_its_distribution(ranks: Any, life: Any, shape: Any)
     it first: neither left alone, so that each rank trains it for itself, nor sharded twice."""
     for differences in ranks(2 if shape is None else 4)(lived, life.__name__, shape):
         assert max(differences.values()) < EXACT, differences
+
+
+OTHER = {
+    ".*up/kernel": (None, "model"),
+    ".*middle/kernel": (None, "model"),
+    ".*norm/gamma": (None,),
+}
+
+
+def parallelized_explicitly(other: tuple[int, int] | None) -> tuple[dict[str, float], str]:
+    """`other`: the mesh of another layout map than the distribution's; None for the same map."""
+    refused = []
+
+    def script(scope: Scope) -> dict[str, Any]:
+        with scope():
+            model = compiled(classifier())
+            made_under = keras.distribution.distribution()
+            if made_under is not None and other is None:
+                keras_tp.parallelize(model, layout_map_of(made_under))
+            elif made_under is not None:
+                another = distributed.model_parallel(other, OTHER)
+                keras_tp.parallelize(model, layout_map_of(another))
+                refused.append(message(model.fit, *classes(4), verbose=0))
+            if other is None:
+                fitted(model)
+        if other is None:
+            return fitted(model)
+        loader = shuffled(10)
+        history = model.fit(loader, epochs=2, verbose=0).history
+        return {**history, **fitted(model)}
+
+    differences = both(script, lambda: distributed.model_parallel((2, 2), LAYOUT))
+    return differences, "".join(refused)
+
+
+def shuffled(rows: int) -> DataLoader:
+    tensors = [torch.tensor(array) for array in classes(rows)]
+    return DataLoader(TensorDataset(*tensors), 4, shuffle=True)
+
+
+def message(function: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(keras_tp.LayoutError) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("other", [None, (2, 2), (1, 4), (4, 1)])
+def test_a_model_passed_to_parallelize(ranks: Any, other: tuple[int, int] | None) -> None:
+    """What was asked for by name gives way to what the variables were made under: a refusal, or
+    rows that are shared out along the axis of a mesh on which the model no longer lies."""
+    for differences, refused in ranks(4)(parallelized_explicitly, other):
+        assert max(differences.values()) < EXACT, differences
+        assert ("parallelized otherwise" in refused) == (other is not None)
+
+
+def under_another(fit_first: bool) -> tuple[dict[str, float], list[str]]:
+    told = []
+
+    def script(scope: Scope) -> dict[str, Any]:
+        with scope():
+            model = compiled(classifier())
+            if fit_first:
+                fitted(model)
+        if keras.distribution.distribution() is None and told_by(scope):
+            stored, awaiting = keras_tp.local_shapes(model), list(map(awaits_plan, model.variables))
+            other_map = {**LAYOUT, ".*up/kernel": (None, "model")}
+            others = [
+                distributed.model_parallel((2, 2), other_map),
+                distributed.model_parallel((1, 4), LAYOUT),
+                distributed.data_parallel(),
+            ]
+            for other in others:
+                with other.scope():
+                    told.append(message(model.fit, *classes(4), verbose=0))
+                    assert told[-1] == message(model.predict, classes(4)[0], verbose=0)
+            assert keras_tp.local_shapes(model) == stored
+            assert list(map(awaits_plan, model.variables)) == awaiting
+        with scope():
+            return fitted(model)
+
+    return both(script, lambda: distributed.model_parallel((2, 2), LAYOUT)), told
+
+
+def told_by(scope: Scope) -> bool:
+    with scope():
+        return keras.distribution.distribution() is not None
+
+
+@pytest.mark.parametrize("fit_first", [False, True])
+def test_a_model_under_another_distribution(ranks: Any, fit_first: bool) -> None:
+    """Shards of one layout read as those of another; a refusal that leaves half of a model
+    parallelized, which then goes on with other numbers."""
+    for differences, (kernel, mesh, replicas) in ranks(4)(under_another, fit_first):
+        assert max(differences.values()) < EXACT, differences
+        where = "parallelized otherwise" if fit_first else "made under another distribution"
+        assert where in kernel
+        assert where in mesh
+        assert where in replicas
+        assert "'classifier/up/kernel' is stored by ('batch', 'model')" in kernel
+        assert "batch=1, model=4" in mesh
+        assert "batch=4" in replicas
+
+
+def scopes() -> None:
+    """Two distributions one after the other, one in the other, and one again."""
+    with distributed.enabled():
+        data, model = (
+            distributed.data_parallel(),
+            distributed.model_parallel((1, 2), {".*kernel": (None, "model")}),
+        )
+        again = distributed.model_parallel((1, 2), {".*kernel": (None, "model")})
+        assert again.device_mesh is not model.device_mesh
+        assert again.device_mesh.backend_mesh is model.device_mesh.backend_mesh
+        keras.distribution.set_distribution(data)
+        first = compiled(classifier())
+        with model.scope():
+            inner = compiled(classifier())
+            fitted(inner)
+        with model.scope(), data.scope():
+            innermost = classifier()
+        outer = compiled(classifier())
+        fitted(outer)
+        fitted(first)
+        assert "lies on a mesh batch=1, model=2" in message(inner.predict, classes(4)[0])
+        keras.distribution.set_distribution(again)
+        fitted(inner)  # an equal distribution is as good as the same
+        axes = [
+            [v._layout.axes for v in m.trainable_variables if v.name == "kernel"]
+            for m in (first, inner, innermost, outer)
+        ]
+        cut, whole = [(None, "model")] * 3, [(None, None)] * 3
+        assert axes == [whole, cut, whole, whole]
+        assert {v._layout.device_mesh.axis_names[0] for v in outer.variables} == {"batch"}
+
+
+def test_one_distribution_after_another(ranks: Any) -> None:
+    """A job that makes a new process group for each mesh runs out of them; and what is made after
+    an inner scope belongs to the outer one."""
+    ranks(2)(scopes)
+
+
+def unseeded() -> tuple[list[dict[str, Any]], Any]:
+    rank = torch.distributed.get_rank()
+    found = []
+    with distributed.enabled():
+        distributed.start(seed=100 + rank)  # as the clock would
+        with distributed.data_parallel().scope():
+            model = compiled(classifier())
+            for epochs in (0, 3):
+                if epochs:
+                    losses = model.fit(*classes(11), batch_size=4, epochs=3, verbose=0).history
+                found.append(
+                    {v.path: local_tensor(v).detach().numpy().copy() for v in variables(model)}
+                )
+    return found, losses
+
+
+def variables(model: Any) -> list[Any]:
+    # (Seeds are no weights: random numbers agree once a model is used.)
+    return [v for v in model.variables if "seed" not in v.path]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_unseeded_replicas_stay_equal(ranks: Any, size: int) -> None:
+    """Replicas that start otherwise, shuffle otherwise or sum gradients in another order part, bit
+    by bit, and no loss shows it."""
+    first, *others = ranks(size)(unseeded)
+    for other in others:
+        assert other[1] == first[1]
+        for one, another in zip(first[0], other[0], strict=True):
+            assert all((another[path] == value).all() for path, value in one.items())
+
+
+def too_many(shape: tuple[int, int]) -> list[str]:
+    devices = [f"cpu:{rank}" for rank in range(4)]
+    mesh = keras.distribution.DeviceMesh(shape, ["batch", "model"], devices)
+    with distributed.enabled():
+        model = compiled(classifier())
+        for distribution in (
+            keras.distribution.DataParallel(devices=devices),
+            keras.distribution.ModelParallel(
+                layout_map=parity.layout_map(LAYOUT, mesh), batch_dim_name="batch"
+            ),
+        ):
+            with distribution.scope():
+                told = [message(classifier), message(model.fit, *classes(4), verbose=0)]
+        fitted(model)  # as ever
+    return told
+
+
+def test_a_mesh_of_another_size_than_the_job(ranks: Any) -> None:
+    """Ranks that do not exist would be waited for; and a mesh of fewer leaves some out."""
+    for told in ranks(2)(too_many, (2, 2)):
+        for text in told:
+            assert "has 4 ranks" in text
+            assert "the job has 2" in text
+            assert "torchrun --standalone --nproc-per-node 4" in text
