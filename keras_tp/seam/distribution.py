@@ -204,7 +204,8 @@ def _applied_before_predicting(original: Any, work: Work) -> Any:
 
         def build_and_predict(data: Any) -> Any:
             # Without compile() Keras lets the first batch build the model.
-            inputs = keras.tree.map_structure(_symbolic, data[0][0])
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(data[0])  # may be the inputs alone
+            inputs = keras.tree.map_structure(_symbolic, x)
             backend.compute_output_spec(self, inputs, training=False)
             self.predict_function = predict
             work.apply(self)
