@@ -181,8 +181,9 @@ def own_losses(layer: Any) -> list[torch.Tensor]:
 def average_losses(owners: Iterable[Owner], replicas: Replicas) -> None:
     """Makes losses that layers have added those of all rows: the mean, weighted by rows.
 
-    One all-reduce for all but those that layers have of all rows. A loss that sums over rows is not what Keras's own
-    penalties are, and is found by the proof (`keras_tp.proof`).
+    One all-reduce for all but those that layers have of all rows. A loss that
+    sums over rows is not what Keras's own penalties are: the first batch shows it
+    (`keras_tp.proof`), and its layer is given all rows.
     """
     added = [
         (o.layer._losses, i)
