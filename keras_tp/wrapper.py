@@ -28,6 +28,7 @@ from keras_tp.seam.layers import (
 )
 from keras_tp.seam.optimizers import hook_optimizers
 from keras_tp.seam.rows import hook_random, share_statistics
+from keras_tp.seam.trials import try_before_compiling
 from keras_tp.seam.variables import (
     local_tensor,
     replicate_for_rows,
@@ -88,6 +89,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         replicas = Axis.of(mesh, plan.batch_axis)
         model.call = RowsCall(model, replicas, owners)
         feed_rows(model, replicas)
+        try_before_compiling(model)
     if dist.get_world_size() > 1:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)

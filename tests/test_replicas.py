@@ -406,3 +406,27 @@ def test_masks_keep_to_their_rows(ranks: Any) -> None:
     """A loss over steps that are masked elsewhere; statistics of padding."""
     for differences in ranks(2)(masked):
         assert max(differences) < 1e-10
+
+
+def compiled() -> tuple[list[str], list[float]]:
+    data = layer_cases.floats(6, 8), layer_cases.floats(6, 4)
+    losses = []
+    with real_float64(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for share in (False, True):
+            model = parity.build_seeded(lambda: around(lambda: Centred(name="odd")))
+            if share:
+                replicated(model, batch=2)
+            model.compile("sgd", "mse", jit_compile=share)
+            losses.append([model.train_on_batch(*data) for _ in range(2)])
+            losses[-1] += [model.predict_on_batch(data[0])]
+    said = [str(w.message) for w in caught if w.category is keras_tp.LayoutWarning]
+    return said, [parity.difference(one, many) for one, many in zip(*losses, strict=True)]
+
+
+@pytest.mark.slow
+def test_what_mixes_rows_is_found_before_it_is_compiled(ranks: Any) -> None:
+    """The compiler sees no first batch: what is looked at there would not be."""
+    for said, differences in ranks(2)(compiled, timeout=400.0):
+        assert any("'sequential/odd' mix the rows" in text for text in said)
+        assert max(differences) < 1e-10

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import torch
 
-from keras_tp.seam.layers import Owner, states_of, variables_of
+from keras_tp.seam.layers import Owner, states_of, variables_of, walk_layers
 from keras_tp.seam.variables import ShardedVariable, global_seed, set_global_seed
 
 
@@ -75,6 +77,44 @@ def gathered_instead(
     finally:
         for variable in opened:
             variable._stood_in = None
+
+
+def try_before_compiling(model: Any) -> None:
+    """Has `model` called once by itself, and all put back, before a compiled step calls it.
+
+    For what is looked at on first batches and no compiler should see: on the first
+    of each of `fit`, `evaluate` and `predict`, without gradients.
+    """
+    for kind in ("train", "test", "predict"):
+        make = getattr(model, f"make_{kind}_function", None)
+        if make is not None:  # a mere layer has none
+            setattr(model, f"make_{kind}_function", _looking(model, make, kind))
+
+
+def _looking(model: Any, make: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    name, done = f"{kind}_function", False
+
+    @functools.wraps(make)
+    def make_function(force: bool = False) -> Any:
+        result = make(force)
+        step = getattr(model, name)
+        if done or not model.jit_compile:
+            return result
+
+        def try_first(data: Any) -> Any:
+            nonlocal done
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(data[0])
+            training = {"training": kind == "train"} if model._call_has_training_arg else {}
+            with restored(walk_layers(model), trained=False), torch.no_grad():
+                model(x, **training)
+            done = True
+            setattr(model, name, step)
+            return step(data)
+
+        setattr(model, name, try_first)
+        return result
+
+    return make_function
 
 
 @contextlib.contextmanager
