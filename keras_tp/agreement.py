@@ -21,7 +21,7 @@ from keras_tp.collectives import Axis, all_equal, gather_numbers
 from keras_tp.errors import LayoutError
 from keras_tp.plans import Plan
 from keras_tp.rows import Rows
-from keras_tp.seam.contexts import is_symbolic
+from keras_tp.seam.contexts import current_replicas, is_symbolic
 
 
 def check_plans(plan: Plan, optimizer: Any, made: list[str]) -> None:
@@ -132,14 +132,18 @@ class AgreedParts:
 
 
 class AgreedInputs:
-    """A model's `call`, before which the inputs are checked."""
+    """A model's `call`, before which the inputs are checked.
+
+    But not within another model's, of which each replica computes its rows.
+    """
 
     def __init__(self, model: Any):
         self.original = model.call
         self.batches = AgreedBatches("inputs")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.batches.check(args, kwargs)
+        if current_replicas() is None:
+            self.batches.check(args, kwargs)
         return self.original(*args, **kwargs)
 
 

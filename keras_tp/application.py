@@ -36,7 +36,8 @@ class DistributionWork:
         """Plans and parallelizes `model` at its first use. Collective then.
 
         Under the current distribution, or, if there is none, under the one that
-        its variables were made under.
+        its variables were made under. What was given to `keras_tp.parallelize`
+        by hand stays so outside of every scope.
 
         Raises:
             LayoutError: as for `keras_tp.parallelize`; a model that was made or
@@ -85,7 +86,12 @@ def _distribution_for(model: Any) -> Any:
     if current is not None:
         return current
     made_under = (distribution_of(v) for v in variables_of(walk_layers(model)))
-    return next((d for d in made_under if d is not None), None)
+    distribution = next((d for d in made_under if d is not None), None)
+    carried_out = plan_carried_out(model)
+    if distribution is not None and carried_out is not None:
+        if differences(carried_out, distribution):
+            return None  # it was given to `keras_tp.parallelize`, which asked for something else
+    return distribution
 
 
 def _axis_of(distribution: Any) -> Axis:
