@@ -29,8 +29,8 @@ from keras_tp.rounding import Nudge
 from keras_tp.row_collectives import gather_rows, split_rows, sum_over
 from keras_tp.rows import Rows
 from keras_tp.seam.contexts import current_replicas, is_stateless, is_symbolic, on_rows_of
-from keras_tp.seam.layers import Owner, variables_of
-from keras_tp.seam.rows import average_losses, with_mask
+from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.rows import average_losses, losses_of, with_mask
 from keras_tp.seam.variables import cut_along, local_tensor
 
 ALIKE = "With batch_axis=None every replica computes all rows."
@@ -54,6 +54,7 @@ class Replicas:
         fixed: Shapes = frozenset(),
     ):
         self.fixed = fixed
+        self.alike: list[torch.Tensor] = []
         self.along = axis
         self.counts = counts
         self.axis = axis.name
@@ -178,9 +179,10 @@ class RowsCall:
             return with_mask(leaf, replicas.gather)
 
         args, kwargs = keras.tree.map_structure(mine, (args, kwargs))
+        earlier = losses_of(self.owners)
         with on_rows_of(replicas):
             outputs = self.original(*args, **kwargs)
-        average_losses(self.owners, replicas)
+        average_losses(self.owners, replicas, [*earlier, *replicas.alike], self.where)
         return keras.tree.map_structure(joined, outputs)
 
     def _count_rows(self, args: Any, kwargs: Any) -> int:
@@ -205,6 +207,7 @@ class WholeRowsCall:
 
     def __init__(self, layer: Any):
         self.original = layer.call
+        self.owners = walk_layers(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         replicas = current_replicas()
@@ -222,8 +225,11 @@ class WholeRowsCall:
             return with_mask(leaf, replicas.take)
 
         args, kwargs = keras.tree.map_structure(whole, (args, kwargs))
+        earlier = losses_of(self.owners)
         with on_rows_of(None):
             outputs = self.original(*args, **kwargs)
+        known = {id(loss) for loss in earlier}
+        replicas.alike += [loss for loss in losses_of(self.owners) if id(loss) not in known]
         return keras.tree.map_structure(mine, outputs)
 
 

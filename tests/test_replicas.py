@@ -117,6 +117,32 @@ class Centred(layers.Layer):
         return x - keras.ops.mean(x, axis=0, keepdims=True)
 
 
+class Contrasted(layers.Layer):
+    """A penalty on pairs of rows."""
+
+    all_rows = True
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.project = layers.Dense(3)
+
+    def build(self, shape: Any) -> None:
+        self.project.build(shape)
+
+    def call(self, x: Any) -> Any:
+        z = self.project(x)
+        self.add_loss(keras.ops.mean(keras.ops.matmul(z, keras.ops.transpose(z)) ** 2))
+        return x
+
+
+class PerRow(layers.Layer):
+    """A penalty for each row."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(keras.ops.mean(x**2, axis=1))
+        return x
+
+
 class Torn(layers.Layer):
     """Draws from torch, behind Keras's back."""
 
@@ -161,6 +187,12 @@ def around(layer: Callable[[], Any] | None = None) -> Any:
 
 def whole_centred() -> Any:
     return around(lambda: Centred(all_rows=True))
+
+
+def contrasted() -> Any:
+    # With weights whose gradient is not zero without the penalty.
+    parts = layers.Dense(6), Contrasted(), layers.Dense(4, activity_regularizer="l2")
+    return keras.Sequential([keras.Input((8,)), *parts])
 
 
 def noisy() -> Any:
@@ -213,16 +245,48 @@ def train(build: str, rows: int, axes: dict[str, int]) -> parity.Report:
 
 
 @pytest.mark.parametrize("rows", [16, 8, 5, 3, 2, 1])
-@pytest.mark.parametrize("build", ["around", "whole_centred", "noisy"])
+@pytest.mark.parametrize("build", ["around", "whole_centred", "noisy", "contrasted"])
 @pytest.mark.parametrize("axes", [{"batch": 2}, {"batch": 4}, {"batch": 2, "model": 2}])
 def test_training_on_any_number_of_rows(
     ranks: Any, build: str, rows: int, axes: dict[str, int]
 ) -> None:
     """A mean of means of 3 and 2 rows; a replica without a row; statistics of half a batch; the
     gradient of a penalty on weights counted once per replica; a layer given all rows; numbers
-    for 8 channels taken for those of 8 rows, and one mask for all rows for that of one."""
+    for 8 channels taken for those of 8 rows, and one mask for all rows for that of one; a part of
+    the gradient of a penalty that every replica has computed of all rows."""
     for report in ranks(int(np.prod(list(axes.values()))))(train, build, rows, axes):
         assert report.worst() < 1e-10
+
+
+def twice() -> list[float]:
+    found = []
+    with real_float64():
+        for share in (False, True):
+            keras.utils.set_random_seed(3)
+            encoder = keras.Sequential(
+                [keras.Input((8,)), layers.Dense(6, activity_regularizer="l2")]
+            )
+            inputs = keras.Input((8,)), keras.Input((8,))
+            model = keras.Model(inputs, layers.Subtract()([encoder(x) for x in inputs]))
+            if share:
+                replicated(encoder, batch=2)
+            model.compile("sgd", "mse")
+            x = [layer_cases.floats(5, 8), 2 * layer_cases.floats(5, 8)]
+            model.train_on_batch(x, layer_cases.floats(5, 6))
+            found.append([v.value.grad.numpy() for v in model.trainable_variables])
+    return [parity.difference(one, many) for one, many in zip(*found, strict=True)]
+
+
+def test_a_penalty_is_averaged_once(ranks: Any) -> None:
+    """A part called twice by its whole: the first call's penalty shared out again by the second."""
+    for differences in ranks(2)(twice):
+        assert max(differences) < 1e-10
+
+
+def test_a_penalty_for_each_row_is_refused(ranks: Any) -> None:
+    """Keras sums it; the sum over a replica's rows is no mean."""
+    for message in ranks(2)(refusal, "PerRow", True):
+        assert "/odd' adds a loss of shape (2,)" in message
 
 
 def fit_both(rows: int, batch_size: int, loss: str, optimizer: str) -> list[float]:

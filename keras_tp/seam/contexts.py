@@ -31,12 +31,14 @@ class Replicas(Protocol):
         rows: of this replica.
         total: of all replicas.
         fixed: shapes in which random numbers are drawn whatever the number of rows.
+        alike: losses that every replica has computed of all rows.
     """
 
     axis: str
     rows: int
     total: int
     fixed: Set[tuple[int, ...]]
+    alike: list[torch.Tensor]
 
     def own(self, variable: Any) -> torch.Tensor:
         """What this rank stores of a variable, for use on its rows."""
