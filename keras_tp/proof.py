@@ -26,7 +26,7 @@ from keras_tp.errors import LayoutError
 from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
 from keras_tp.seam.contexts import current_replicas
 from keras_tp.seam.layers import Owner, states_of, variables_of
-from keras_tp.seam.rows import own_losses, recorded_draws
+from keras_tp.seam.rows import losses_of, recorded_draws
 from keras_tp.seam.trials import nudged_weights, restored
 from keras_tp.seam.variables import local_tensor
 
@@ -131,7 +131,7 @@ def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, unit: float) 
     def run(nudge: Nudge, shapes: Shapes | None) -> tuple[_Record, _Record]:
         with _trial(owners, nudge), _recorded(owners) as outputs:
             call(nudge, shapes)
-            losses = [(i, t.detach()) for i, o in enumerate(owners) for t in own_losses(o.layer)]
+            losses = [(i, t.detach()) for i, o in enumerate(owners) for t in losses_of([o])]
             return outputs, losses
 
     still = Nudge(0.0, seed=0)

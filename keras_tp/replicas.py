@@ -31,7 +31,7 @@ from keras_tp.row_collectives import gather_rows, split_rows, sum_over
 from keras_tp.rows import Rows
 from keras_tp.seam.contexts import current_replicas, is_stateless, is_symbolic, on_rows_of
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
-from keras_tp.seam.rows import average_losses, own_losses, with_mask
+from keras_tp.seam.rows import average_losses, losses_of, with_mask
 from keras_tp.seam.variables import cut_along, local_tensor
 
 ALIKE = "With batch_axis=None every replica computes all rows."
@@ -58,6 +58,7 @@ class Replicas:
     ):
         self.training = training
         self.fixed = fixed
+        self.alike: list[torch.Tensor] = []
         self.along = axis
         self.counts = counts
         self.axis = axis.name
@@ -67,7 +68,6 @@ class Replicas:
         whole = [v for v in variables if not cut_along(v, self.axis)]
         self._buckets = Buckets([local_tensor(v) for v in whole], axis)
         self._renewed: dict[int, torch.Tensor] = {}
-        self.whole_losses: set[int] = set()
 
     def own(self, variable: Any) -> torch.Tensor:
         """What this rank stores of a variable; backward, the sum of the replicas' gradients.
@@ -209,9 +209,11 @@ class RowsCall:
             return with_mask(leaf, replicas.gather)
 
         args, kwargs = keras.tree.map_structure(mine, (args, kwargs))
+        earlier = losses_of(self.owners)
+        where = self.where if training in self.proven else ""
         with on_rows_of(replicas):
             outputs = self.original(*args, **kwargs)
-        average_losses(self.owners, replicas)
+        average_losses(self.owners, replicas, [*earlier, *replicas.alike], where)
         return keras.tree.map_structure(joined, outputs)
 
     def _count_rows(self, args: Any, kwargs: Any) -> int:
@@ -255,10 +257,11 @@ class WholeRowsCall:
             return with_mask(leaf, replicas.take)
 
         args, kwargs = keras.tree.map_structure(whole, (args, kwargs))
+        earlier = losses_of(self.owners)
         with on_rows_of(None):
             outputs = self.original(*args, **kwargs)
-        # Each replica has the whole of these, and their whole gradient.
-        replicas.whole_losses |= {id(x) for o in self.owners for x in own_losses(o.layer)}
+        known = {id(loss) for loss in earlier}
+        replicas.alike += [loss for loss in losses_of(self.owners) if id(loss) not in known]
         return keras.tree.map_structure(mine, outputs)
 
 

@@ -117,6 +117,32 @@ class Centred(layers.Layer):
         return x - keras.ops.mean(x, axis=0, keepdims=True)
 
 
+class Contrasted(layers.Layer):
+    """A penalty on pairs of rows."""
+
+    all_rows = True
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.project = layers.Dense(3)
+
+    def build(self, shape: Any) -> None:
+        self.project.build(shape)
+
+    def call(self, x: Any) -> Any:
+        z = self.project(x)
+        self.add_loss(keras.ops.mean(keras.ops.matmul(z, keras.ops.transpose(z)) ** 2))
+        return x
+
+
+class PerRow(layers.Layer):
+    """A penalty for each row."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(keras.ops.mean(x**2, axis=1))
+        return x
+
+
 class Torn(layers.Layer):
     """Draws from torch, behind Keras's back."""
 
@@ -163,6 +189,12 @@ def whole_centred() -> Any:
     return around(lambda: Centred(all_rows=True))
 
 
+def contrasted() -> Any:
+    # With weights whose gradient is not zero without the penalty.
+    parts = layers.Dense(6), Contrasted(), layers.Dense(4, activity_regularizer="l2")
+    return keras.Sequential([keras.Input((8,)), *parts])
+
+
 def noisy() -> Any:
     return keras.Sequential([keras.Input((8,)), Noisy(), layers.Dense(4), layers.Dropout(0.2)])
 
@@ -181,10 +213,10 @@ def mixed(layer: str) -> tuple[list[str], float]:
     return said, report.worst()
 
 
-@pytest.mark.parametrize("layer", ["Centred", "Torn", "Summed"])
+@pytest.mark.parametrize("layer", ["Centred", "Torn", "Summed", "PerRow"])
 def test_what_mixes_rows_is_found_named_and_given_all(ranks: Any, layer: str) -> None:
     """A mean over the rows of one replica is another number, and nobody would see it; so is a
-    penalty that is no mean over rows, as the balance of experts in KerasHub's models."""
+    penalty that is no mean over rows (or one for each row, which Keras sums), as the balance of experts in KerasHub's models."""
     for said, worst in ranks(2)(mixed, layer):
         assert any("in training, 'sequential/odd' mix the rows" in text for text in said)
         assert worst < 1e-10
@@ -243,16 +275,42 @@ def train(build: str, rows: int, axes: dict[str, int]) -> parity.Report:
 
 
 @pytest.mark.parametrize("rows", [16, 8, 5, 3, 2, 1])
-@pytest.mark.parametrize("build", ["around", "whole_centred", "noisy"])
+@pytest.mark.parametrize("build", ["around", "whole_centred", "noisy", "contrasted"])
 @pytest.mark.parametrize("axes", [{"batch": 2}, {"batch": 4}, {"batch": 2, "model": 2}])
 def test_training_on_any_number_of_rows(
     ranks: Any, build: str, rows: int, axes: dict[str, int]
 ) -> None:
     """A mean of means of 3 and 2 rows; a replica without a row; statistics of half a batch; the
     gradient of a penalty on weights counted once per replica; a layer given all rows; numbers
-    for 8 channels taken for those of 8 rows, and one mask for all rows for that of one."""
+    for 8 channels taken for those of 8 rows, and one mask for all rows for that of one; a part of
+    the gradient of a penalty that every replica has computed of all rows."""
     for report in ranks(int(np.prod(list(axes.values()))))(train, build, rows, axes):
         assert report.worst() < 1e-10
+
+
+def twice() -> list[float]:
+    found = []
+    with real_float64():
+        for share in (False, True):
+            keras.utils.set_random_seed(3)
+            encoder = keras.Sequential(
+                [keras.Input((8,)), layers.Dense(6, activity_regularizer="l2")]
+            )
+            inputs = keras.Input((8,)), keras.Input((8,))
+            model = keras.Model(inputs, layers.Subtract()([encoder(x) for x in inputs]))
+            if share:
+                replicated(encoder, batch=2)
+            model.compile("sgd", "mse")
+            x = [layer_cases.floats(5, 8), 2 * layer_cases.floats(5, 8)]
+            model.train_on_batch(x, layer_cases.floats(5, 6))
+            found.append([v.value.grad.numpy() for v in model.trainable_variables])
+    return [parity.difference(one, many) for one, many in zip(*found, strict=True)]
+
+
+def test_a_penalty_is_averaged_once(ranks: Any) -> None:
+    """A part called twice by its whole: the first call's penalty shared out again by the second."""
+    for differences in ranks(2)(twice):
+        assert max(differences) < 1e-10
 
 
 def fit_both(rows: int, batch_size: int, loss: str, optimizer: str) -> list[float]:
@@ -408,18 +466,24 @@ def test_masks_keep_to_their_rows(ranks: Any) -> None:
         assert max(differences) < 1e-10
 
 
+def centred() -> Any:
+    # (Without dropout: the compiler draws other numbers than torch does.)
+    return keras.Sequential(
+        [keras.Input((8,)), layers.Dense(4), Centred(name="odd"), layers.Dense(2)]
+    )
+
+
 def compiled() -> tuple[list[str], list[float]]:
-    data = layer_cases.floats(6, 8), layer_cases.floats(6, 4)
+    data = layer_cases.floats(6, 8), layer_cases.floats(6, 2)
     losses = []
     with real_float64(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for share in (False, True):
-            model = parity.build_seeded(lambda: around(lambda: Centred(name="odd")))
+            model = parity.build_seeded(centred)
             if share:
                 replicated(model, batch=2)
             model.compile("sgd", "mse", jit_compile=share)
             losses.append([model.train_on_batch(*data) for _ in range(2)])
-            losses[-1] += [model.predict_on_batch(data[0])]
     said = [str(w.message) for w in caught if w.category is keras_tp.LayoutWarning]
     return said, [parity.difference(one, many) for one, many in zip(*losses, strict=True)]
 

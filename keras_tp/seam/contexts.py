@@ -32,7 +32,7 @@ class Replicas(Protocol):
         total: of all replicas.
         fixed: shapes in which random numbers are drawn whatever the number of rows.
         training: whether the model is called for training.
-        whole_losses: ids of losses that every replica has of all rows.
+        alike: losses that every replica has computed of all rows.
     """
 
     axis: str
@@ -40,7 +40,7 @@ class Replicas(Protocol):
     total: int
     fixed: Set[tuple[int, ...]]
     training: bool
-    whole_losses: set[int]
+    alike: list[torch.Tensor]
 
     def own(self, variable: Any) -> torch.Tensor:
         """What this rank stores of a variable, for use on its rows."""

@@ -19,6 +19,7 @@ import torch
 from keras.src.backend.torch import random as backend_random
 from keras.src.backend.torch.core import get_device
 
+from keras_tp.errors import LayoutError
 from keras_tp.seam.contexts import Replicas, current_replicas
 from keras_tp.seam.layers import Owner
 
@@ -173,29 +174,51 @@ def _mean_and_variance(x: Any, dims: list[int], replicas: Replicas) -> Any:
     return mean, variance
 
 
-def own_losses(layer: Any) -> list[torch.Tensor]:
-    """The losses that a layer itself has added."""
-    return layer._losses
+def losses_of(owners: Iterable[Owner]) -> list[torch.Tensor]:
+    """The losses that layers have added up to now."""
+    return [loss for owner in owners for loss in owner.layer._losses]
 
 
-def average_losses(owners: Iterable[Owner], replicas: Replicas) -> None:
+def average_losses(
+    owners: Iterable[Owner], replicas: Replicas, but: Iterable[torch.Tensor], where: str = ""
+) -> None:
     """Makes losses that layers have added those of all rows: the mean, weighted by rows.
 
-    One all-reduce for all but those that layers have of all rows. A loss that
-    sums over rows is not what Keras's own penalties are: the first batch shows it
-    (`keras_tp.proof`), and its layer is given all rows.
+    One all-reduce for all. A loss that sums over rows is not what Keras's own
+    penalties are: the first batch shows it (`keras_tp.proof`), and its layer is
+    given all rows.
+
+    Args:
+        owners: the layers.
+        replicas: which have computed their rows.
+        but: losses that are those of all rows already: of earlier calls, and of
+            layers that were given all rows.
+        where: for errors, what is called; without it a loss that has no mean stays
+            as it is, for the proof to find.
     """
+    known = {id(loss) for loss in but}
     added = [
-        (o.layer._losses, i)
-        for o in owners
-        for i, loss in enumerate(o.layer._losses)
-        if id(loss) not in replicas.whole_losses
+        (owner.layer._losses, i, owner.path)
+        for owner in owners
+        for i, loss in enumerate(owner.layer._losses)
+        if id(loss) not in known
     ]
-    if not added:
+    odd = [(path, tuple(losses[i].shape)) for losses, i, path in added if losses[i].numel() != 1]
+    if odd and where:
+        raise LayoutError(
+            [
+                f"'{path}' adds a loss of shape {shape}. Keras sums it, and that of a replica's rows "
+                "is not a mean over all. Add a scalar, a mean over rows."
+                for path, shape in odd
+            ],
+            where=where,
+        )
+    added = [entry for entry in added if entry[0][entry[1]].numel() == 1]
+    values = [losses[i] for losses, i, _ in added]
+    if not values:
         return
-    values = [losses[i] for losses, i in added]
     means = replicas.mean(torch.stack([v.reshape(()) for v in values]))
-    for (losses, i), mean, value in zip(added, means.unbind(), values, strict=True):
+    for (losses, i, _), mean, value in zip(added, means.unbind(), values, strict=True):
         losses[i] = mean.reshape(value.shape).to(value.dtype)
 
 
