@@ -144,7 +144,11 @@ class _Parts:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        batches, number = iter(self.batches), 0
+        # At once, for a DataLoader draws a random number then, even if nothing is read.
+        return self._read(iter(self.batches))
+
+    def _read(self, batches: Iterator[Any]) -> Iterator[Any]:
+        number = 0
         while True:
             number += 1
             state, batch, rows, failure = _READ, None, 0, None

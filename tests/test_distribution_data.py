@@ -11,14 +11,21 @@ from typing import Any
 import distributed
 import keras
 import numpy as np
+import parity
 import pytest
 import torch
-from distributed import LAYOUT, Scope, both, classes, classifier, compiled, state
+from distributed import LAYOUT, Scope, both, classes, classifier, compiled, fitted, state
 from keras import layers
+from keras.src.backend.common.variables import Variable
+from keras.src.backend.torch.trainer import TorchTrainer
+from keras.src.initializers import random_initializers
+from precision import real_float64
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import keras_tp
 from keras_tp.rows import Rows
+from keras_tp.seam.variables import local_tensor
 
 EXACT = 1e-10
 ROWS = 11
@@ -137,7 +144,7 @@ def test_each_rank_reads_its_rows_alone(ranks: Any, by: str) -> None:
     assert sorted(drawn) == sorted(2 * list(range(ROWS)))
 
 
-def own_rows() -> list[dict[str, float]]:
+def own_rows() -> dict[str, float]:
     rank = torch.distributed.get_rank()
     x, y = classes(12)
 
@@ -161,15 +168,14 @@ def own_rows() -> list[dict[str, float]]:
             again = {f"again {name}": value for name, value in again.items()}
             return {**history, "predicted": predicted, **again, **state(model)}
 
-    return [
-        both(script, lambda: distributed.data_parallel(auto_shard_dataset=False)),
-    ]
+    return both(script, lambda: distributed.data_parallel(auto_shard_dataset=False))
 
 
 def test_rows_that_are_shared_out_already(ranks: Any) -> None:
     """`auto_shard_dataset=False`: half of what a rank reads would be dropped, or the ranks' batches
-    taken for different ones, which is an error elsewhere."""
-    for (differences,) in ranks(2)(own_rows):
+    taken for different ones, which is an error elsewhere. And a second epoch drops out by other
+    numbers where an iterator draws from torch later than a DataLoader does."""
+    for differences in ranks(2)(own_rows):
         assert max(differences.values()) < EXACT, differences
 
 
@@ -242,3 +248,104 @@ def test_a_model_that_is_a_part_of_another(ranks: Any, order: Any, shape: Any) -
     are to differ, or its weights' gradients summed twice, or by nobody."""
     for differences in ranks(4 if shape == (2, 2) else 2)(trained_in_parts, order.__name__, shape):
         assert max(differences.values()) < EXACT, differences
+
+
+# What is there to see, and what is left behind.
+
+
+def kinds_seen() -> tuple[set[str], int]:
+    seen: set[str] = set()
+    calls = []
+
+    def look(*nests: Any) -> None:
+        for leaf in keras.tree.flatten(nests):
+            if isinstance(leaf, torch.Tensor):
+                assert not isinstance(leaf, DTensor)
+                seen.add(type(leaf).__name__)
+
+    def hook(layer: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        calls.append(layer.name)
+        look(args, list(kwargs.values()), outputs)
+
+    with distributed.enabled(), distributed.model_parallel((2, 2), LAYOUT).scope():
+        model = compiled(classifier())
+        for layer in [model, *model.layers]:
+            layer.register_forward_hook(hook, with_kwargs=True)
+        model.fit(DataLoader(TensorDataset(*tensors()), 4), verbose=0, shuffle=False)
+        assert {"classifier", "up", "norm", "down"} <= set(calls)
+        seen.discard("Rows")  # what the model is given
+        stored = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+        look([local_tensor(v) for v in stored], [v.value for v in stored])
+        look([local_tensor(v).grad for v in model.trainable_variables])
+        look(model(tensors()[0].float()), list(model.parameters()))
+    return seen, len(calls)
+
+
+def test_no_dtensor_anywhere(ranks: Any) -> None:
+    """A DTensor that a layer, a callback or an optimizer of one's own meets is an error there, or a
+    redistribution that nobody asked for."""
+    for seen, calls in ranks(4)(kinds_seen):
+        assert seen <= {"Tensor", "Parameter", "FullWeight"}
+        assert calls > 20
+
+
+def disabled() -> dict[str, float]:
+    owners = [
+        *(keras.src.backend, keras.src.distribution.distribution_lib, keras.distribution),
+        *(Variable, TorchTrainer, keras.distribution.Distribution, random_initializers),
+    ]
+    before = [dict(vars(owner)) for owner in owners]
+    kept: dict[str, Any] = {}
+
+    def script(scope: Scope) -> dict[str, Any]:
+        with scope():
+            kept["model"] = compiled(classifier())
+            return {"first": fitted(kept["model"])["loss"]}
+
+    def later() -> dict[str, Any]:
+        keras.utils.set_random_seed(2)
+        return {f"later {name}": value for name, value in fitted(kept["model"]).items()}
+
+    with real_float64():
+        distributed.start()
+        one = {**script(contextlib.nullcontext), **later()}
+        with distributed.enabled():
+            distributed.start()
+            many = script(distributed.model_parallel((1, 2), LAYOUT).scope)
+        assert [dict(vars(owner)) for owner in owners] == before
+        many |= later()
+        # A plain model again, after all that: on each rank alone, and of plain variables.
+        distributed.start()
+        plain = {**script(contextlib.nullcontext), **later()}
+        assert {type(v) for v in kept["model"].variables} == {keras.Variable}
+    assert all(np.array_equal(plain[name], value) for name, value in one.items())
+    return {name: parity.difference(value, many[name]) for name, value in one.items()}
+
+
+def test_after_disable(ranks: Any) -> None:
+    """What stays patched changes plain models; what is taken away, parallelized ones, which look
+    for it at every call."""
+    for differences in ranks(2)(disabled):
+        assert max(differences.values()) < EXACT, differences
+
+
+def compiled_steps() -> tuple[list[float], list[float]]:
+    def losses(scope: Scope, jit: bool) -> list[float]:
+        distributed.start()
+        with scope():
+            model = keras.Sequential([keras.Input((6,)), layers.Dense(8, "gelu"), layers.Dense(4)])
+            model.compile("sgd", "mse", jit_compile=jit)
+            return [float(model.train_on_batch(*classes(6))) for _ in range(2)]
+
+    torch.compiler.reset()
+    one = losses(contextlib.nullcontext, False)
+    with distributed.enabled(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler has some of its own
+        return one, losses(distributed.data_parallel().scope, True)
+
+
+def test_compiled_steps(ranks: Any) -> None:
+    """A compiled step that leaves out the sum of gradients, or is compiled before the model is
+    parallelized, trains each replica on its own rows."""
+    for one, many in ranks(2)(compiled_steps, timeout=300):
+        np.testing.assert_allclose(many, one, rtol=1e-6)
