@@ -4,7 +4,7 @@ Nobody can tell from Python code whether a layer mixes rows: a mean over the
 batch, a penalty on how experts are used, a permutation. So before replicas share out
 rows for the first time, in training and in inference, they compute two rows of
 each, once as they will from then on and once all of them on every rank, from the
-same state. Layers whose outputs or losses differ by more than rounding, which is
+same state. Layers whose outputs, losses or states differ by more than rounding, which is
 measured (`keras_tp.rounding`), are told to the caller; if no layer's do, but the
 model's, that is an error. It costs four calls on a few rows.
 """
@@ -25,7 +25,7 @@ from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
 from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
 from keras_tp.seam.contexts import current_replicas
-from keras_tp.seam.layers import Owner, states_of, variables_of
+from keras_tp.seam.layers import Owner, metric_variables_of, states_of, variables_of
 from keras_tp.seam.rows import losses_of, recorded_draws
 from keras_tp.seam.trials import nudged_weights, restored
 from keras_tp.seam.variables import local_tensor
@@ -92,8 +92,12 @@ def _results(
     with _trial(owners, nudge):
         outputs = call(nudge, fixed)
         tensors = [*keras.tree.flatten(outputs), *owners[0].layer.losses]
-        tensors += [local_tensor(v) for v in states_of(owners)]
-        return [t.detach().clone() for t in tensors if isinstance(t, torch.Tensor)]
+        tensors += _states(owners)
+        return [torch.as_tensor(t).detach().clone() for t in tensors if _is_number(t)]
+
+
+def _states(owners: Sequence[Owner]) -> list[torch.Tensor]:
+    return [local_tensor(v) for v in (*states_of(owners), *metric_variables_of(owners))]
 
 
 @contextlib.contextmanager
@@ -101,6 +105,10 @@ def _trial(owners: Sequence[Owner], nudge: Nudge) -> Iterator[None]:
     nudged = nudged_weights(variables_of(owners) if nudge.unit else (), nudge)
     with restored(owners, trained=False), torch.no_grad(), nudged:
         yield
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor | int | float)
 
 
 def _allowed(unit: float) -> float:
@@ -131,14 +139,14 @@ def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, unit: float) 
     def run(nudge: Nudge, shapes: Shapes | None) -> tuple[_Record, _Record]:
         with _trial(owners, nudge), _recorded(owners) as outputs:
             call(nudge, shapes)
-            losses = [(i, t.detach()) for i, o in enumerate(owners) for t in losses_of([o])]
-            return outputs, losses
+            kept = [(i, [*losses_of([o]), *_states([o])]) for i, o in enumerate(owners)]
+            return outputs, [(i, t.detach().clone()) for i, tensors in kept for t in tensors]
 
     still = Nudge(0.0, seed=0)
     one, many = run(still, None), run(still, fixed)
     nudged = [run(Nudge(unit, seed), None) for seed in range(NUDGES)]
     blamed: list[int] = []
-    for kind in (0, 1):  # outputs, losses
+    for kind in (0, 1):  # outputs; losses and states
         for (i, whole), (_, rows), *again in zip(
             one[kind], many[kind], *(n[kind] for n in nudged), strict=False
         ):

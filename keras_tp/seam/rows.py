@@ -207,8 +207,8 @@ def average_losses(
     if odd and where:
         raise LayoutError(
             [
-                f"'{path}' adds a loss of shape {shape}. Keras sums it, and that of a replica's rows "
-                "is not a mean over all. Add a scalar, a mean over rows."
+                f"'{path}' adds a loss of shape {shape}. Keras sums it, and that of a replica's "
+                "rows is not a mean over all. Add a scalar, a mean over rows."
                 for path, shape in odd
             ],
             where=where,
