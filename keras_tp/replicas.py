@@ -241,6 +241,8 @@ class WholeRowsCall:
         self.owners = walk_layers(layer)
         self.modes: set[bool] = set()  # in inference, in training
 
+    # A compiler is kept away: with it (torch 2.13, inductor) the numbers were others.
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         replicas = current_replicas()
         if replicas is None or is_symbolic() or replicas.training not in self.modes:

@@ -28,8 +28,9 @@ weight of the layer at once: on its first dim, on its last, and on mixed ones.
 **Every entry is exact**: outputs, losses, input gradients, the gradient of every weight, every
 weight and every optimizer slot after 3 steps of SGD with momentum equal those of one process to
 1e-10 in float64, on every rank. The word says how the layer then computes: *column*, *row*,
-*batched* and *vocabulary* on its shards, *gathered* with the whole weight. *refused* is an error
-before anything is sharded; its reason stands below the table.
+*batched* and *vocabulary* on its shards, *gathered* with the whole weight. Along `batch` two
+replicas share out the rows of each batch, so that what is cut along it is always gathered.
+*refused* is an error before anything is sharded; its reason stands below the table.
 """
 
 
