@@ -23,7 +23,7 @@ from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
 from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
 from keras_tp.seam.contexts import current_replicas
-from keras_tp.seam.layers import Owner, states_of, variables_of
+from keras_tp.seam.layers import Owner, metric_variables_of, states_of, variables_of
 from keras_tp.seam.rows import recorded_draws
 from keras_tp.seam.trials import nudged_weights, restored
 from keras_tp.seam.variables import local_tensor
@@ -55,8 +55,9 @@ def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Shapes:
         with restored(owners, trained=False), torch.no_grad(), nudged:
             outputs = call(nudge, fixed)
             tensors = [*keras.tree.flatten(outputs), *owners[0].layer.losses]
-            tensors += [local_tensor(v) for v in states_of(owners)]
-            return [t.detach().clone() for t in tensors if isinstance(t, torch.Tensor)]
+            written = *states_of(owners), *metric_variables_of(owners)
+            tensors += [local_tensor(v) for v in written]
+            return [torch.as_tensor(t).detach().clone() for t in tensors if _is_number(t)]
 
     still = Nudge(0.0, seed=0)
     with recorded_draws(by_replicas=False) as whole:
@@ -75,6 +76,10 @@ def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Shapes:
             where=where,
         )
     return whole & some
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor | int | float)
 
 
 def _allowed(unit: float) -> float:
@@ -115,7 +120,10 @@ def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, unit: float) 
     for (path, whole), (_, rows), *again in zip(one, many, *nudged, strict=False):
         if _largest_gap([whole], [rows], [[t] for _, t in again], unit) > _allowed(unit):
             return f"The first layer whose outputs do is '{path}'."
-    return "No layer's outputs do: look at losses it adds, or at how the model joins them."
+    return (
+        "No layer's outputs do: look at losses it adds, metrics it updates, or at how the model "
+        "joins them."
+    )
 
 
 @contextlib.contextmanager

@@ -171,6 +171,8 @@ def rows_of(layer: Any) -> str:
     """
     if getattr(layer, "all_rows", False) or isinstance(layer, _MIXING):
         return "all"
+    if getattr(layer, "_parameters", None):
+        return "all"  # torch parameters of its own, whose gradients cannot be followed
     if isinstance(layer, keras.layers.RNN) and layer.stateful:
         return "all"  # its state has a row for each row of the batch
     return "statistics" if isinstance(layer, keras.layers.BatchNormalization) else "own"

@@ -135,6 +135,43 @@ class Contrasted(layers.Layer):
         return x
 
 
+class Remembering(layers.Layer):
+    """Remembers its calls where no variable does."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.steps = 0
+        self.random = np.random.default_rng(3)
+        self.norm = torch.nn.BatchNorm1d(16, dtype=torch.float64)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        self.steps += 1
+        return self.norm(x, training=training) * self.steps * float(self.random.random())
+
+
+class Scaled(layers.Layer):
+    """Holds a weight of torch's that Keras does not know."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.scale = torch.nn.Parameter(torch.arange(6.0))
+
+    def call(self, x: Any) -> Any:
+        return x * self.scale
+
+
+class Metered(layers.Layer):
+    """Keeps a metric of what it sees."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.size = keras.metrics.Mean()
+
+    def call(self, x: Any) -> Any:
+        self.size.update_state(keras.ops.mean(x**2))
+        return x
+
+
 class PerRow(layers.Layer):
     """A penalty for each row."""
 
@@ -195,6 +232,10 @@ def contrasted() -> Any:
     return keras.Sequential([keras.Input((8,)), *parts])
 
 
+def remembering() -> Any:
+    return around(Remembering)
+
+
 def noisy() -> Any:
     return keras.Sequential([keras.Input((8,)), Noisy(), layers.Dense(4), layers.Dropout(0.2)])
 
@@ -214,6 +255,7 @@ def refusal(layer: str, training: bool) -> str:
         ("Centred", "/odd'."),
         ("Torn", "/odd'."),
         ("Summed", "look at losses it adds"),
+        ("Metered", "metrics it updates"),
     ],
 )
 def test_what_mixes_rows_is_found_and_named(ranks: Any, layer: str, says: str) -> None:
@@ -245,7 +287,7 @@ def train(build: str, rows: int, axes: dict[str, int]) -> parity.Report:
 
 
 @pytest.mark.parametrize("rows", [16, 8, 5, 3, 2, 1])
-@pytest.mark.parametrize("build", ["around", "whole_centred", "noisy", "contrasted"])
+@pytest.mark.parametrize("build", ["around", "whole_centred", "noisy", "contrasted", "remembering"])
 @pytest.mark.parametrize("axes", [{"batch": 2}, {"batch": 4}, {"batch": 2, "model": 2}])
 def test_training_on_any_number_of_rows(
     ranks: Any, build: str, rows: int, axes: dict[str, int]
@@ -253,9 +295,32 @@ def test_training_on_any_number_of_rows(
     """A mean of means of 3 and 2 rows; a replica without a row; statistics of half a batch; the
     gradient of a penalty on weights counted once per replica; a layer given all rows; numbers
     for 8 channels taken for those of 8 rows, and one mask for all rows for that of one; a part of
-    the gradient of a penalty that every replica has computed of all rows."""
+    the gradient of a penalty that every replica has computed of all rows; calls that a proof made,
+    counted."""
+    if (build, rows) == ("remembering", 1):
+        pytest.skip("torch takes no statistics of one row")
     for report in ranks(int(np.prod(list(axes.values()))))(train, build, rows, axes):
         assert report.worst() < 1e-10
+
+
+def scaled() -> list[float]:
+    found = []
+    for share in (False, True):
+        keras.utils.set_random_seed(3)
+        layer = Scaled()
+        model = keras.Sequential([keras.Input((8,)), layers.Dense(6), layer, layers.Dense(4)])
+        if share:
+            replicated(model, batch=2)
+        outputs = model(torch.tensor(layer_cases.floats(5, 8), dtype=torch.float32), training=True)
+        outputs.square().sum().backward()
+        found.append([layer.scale.grad, model.layers[0].kernel.value.grad])
+    return [parity.difference(one, many) for one, many in zip(*found, strict=True)]
+
+
+def test_a_weight_that_keras_does_not_know(ranks: Any) -> None:
+    """Read behind Keras's back, on a replica's rows, its gradient would be that of these."""
+    for differences in ranks(2)(scaled):
+        assert max(differences) < 1e-5
 
 
 def twice() -> list[float]:

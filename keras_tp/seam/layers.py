@@ -65,6 +65,12 @@ def states_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
     return _unique(states)
 
 
+def metric_variables_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
+    """What metrics keep that layers hold, and may update in a call."""
+    metrics = [metric for owner in owners for metric in getattr(owner.layer, "_metrics", ())]
+    return _unique(variable for metric in metrics for variable in metric.variables)
+
+
 def _unique(variables: Iterable[Any]) -> tuple[Any, ...]:
     return tuple({id(v): v for v in variables}.values())
 

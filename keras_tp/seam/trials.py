@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keras_tp.seam.layers import Owner, states_of, variables_of
+from keras_tp.seam.layers import Owner, metric_variables_of, states_of, variables_of
 from keras_tp.seam.variables import ShardedVariable, global_seed, set_global_seed
 
 
@@ -19,15 +20,19 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
     """Afterwards all that a call of these layers changes is as before.
 
     Their variables (with `trained=False` only those that are never trained), those
-    of metrics they hold, the losses they have added, and the random states of
-    Python, NumPy, torch and Keras. Within, no losses have been added yet. What
-    the user's own Python code remembers is not followed.
+    of metrics they hold, buffers of torch modules, the layers' attributes and
+    random generators among them, the losses they have added, and the random states
+    of Python, NumPy, torch and Keras. Within, no losses have been added yet. What
+    Python code remembers elsewhere, or in lists and dicts, is not followed.
     """
-    metrics = [metric for owner in owners for metric in getattr(owner.layer, "_metrics", ())]
     tensors = [v._value for v in (variables_of(owners) if trained else states_of(owners))]
-    tensors += [v._value for metric in metrics for v in metric.variables]
+    tensors += [v._value for v in metric_variables_of(owners)]
     before = [(t, t._version, t.detach().clone()) for t in tensors]
+    # (A torch module writes some of its buffers without counting it.)
+    buffers = {id(t): (t, t.clone()) for o in owners for t in o.layer.buffers()}
     losses = [(o.layer, o.layer._losses, o.layer._loss_ids) for o in owners]
+    attributes = [(vars(o.layer), dict(vars(o.layer))) for o in owners]
+    generators = [_state_setter(value) for _, kept in attributes for value in kept.values()]
     states = random.getstate(), np.random.get_state(), global_seed()
     try:
         for owner in owners:
@@ -39,12 +44,34 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
             for tensor, version, value in before:
                 if tensor._version != version:  # a write would spoil graphs that hold it
                     tensor.copy_(value)
+            for tensor, value in buffers.values():
+                tensor.copy_(value)
+        for now, kept in attributes:
+            for name in now.keys() - kept.keys():
+                del now[name]
+            now.update(kept)
+        for reset in generators:
+            reset()
         for layer, added, ids in losses:
             layer._losses, layer._loss_ids = added, ids
         random.setstate(states[0])
         np.random.set_state(states[1])
         set_global_seed(states[2])
         random.setstate(states[0])  # making Keras's generator has drawn from it
+
+
+def _state_setter(value: Any) -> Callable[[], Any]:
+    """Sets a random generator to the state it is in now; of anything else, nothing."""
+    if isinstance(value, np.random.Generator):
+        bits, now = value.bit_generator, value.bit_generator.state
+        return lambda: setattr(bits, "state", now)
+    if isinstance(value, np.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    if isinstance(value, torch.Generator):
+        return functools.partial(value.set_state, value.get_state())
+    return lambda: None
 
 
 @contextlib.contextmanager
