@@ -54,8 +54,10 @@ class Role(enum.Enum):
     RECORD = "whole, and starts from a constant: what metrics and optimizers keep"
 
 
-# (owner, name, what stood there), in the order of patching; empty while not installed.
+# (owner, name, what stood there, or that it was inherited), in the order of patching; empty while
+# not installed.
 _PATCHED: list[tuple[Any, str, Any]] = []
+_INHERITED = object()
 _ROLE = "_keras_tp_role"
 _DISTRIBUTION = "_keras_tp_distribution"
 
@@ -94,7 +96,7 @@ def install(work: Work) -> None:
     _check_keras()
 
     def patch(owner: Any, name: str, value: Any) -> None:
-        _PATCHED.append((owner, name, getattr(owner, name)))
+        _PATCHED.append((owner, name, vars(owner).get(name, _INHERITED)))
         setattr(owner, name, value)
 
     patch(backend, "distribution_lib", work.library)
@@ -119,7 +121,10 @@ def uninstall() -> None:
     """Puts back what `install` found. Variables that are sharded stay so. Idempotent."""
     while _PATCHED:
         owner, name, before = _PATCHED.pop()
-        setattr(owner, name, before)
+        if before is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def _check_keras() -> None:
