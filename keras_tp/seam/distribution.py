@@ -54,7 +54,8 @@ class Role(enum.Enum):
     RECORD = "whole, and starts from a constant: what metrics and optimizers keep"
 
 
-# (owner, name, what stood there), in the order of patching; empty while not installed.
+# (owner, name, what stood there, or that it was inherited), in the order of patching; empty while
+# not installed.
 _PATCHED: list[tuple[Any, str, Any]] = []
 _INHERITED = object()
 _ROLE = "_keras_tp_role"
