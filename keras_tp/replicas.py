@@ -241,8 +241,6 @@ class WholeRowsCall:
         self.owners = walk_layers(layer)
         self.modes: set[bool] = set()  # in inference, in training
 
-    # A compiler is kept away: with it (torch 2.13, inductor) the numbers were others.
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         replicas = current_replicas()
         if replicas is None or is_symbolic() or replicas.training not in self.modes:
@@ -265,6 +263,20 @@ class WholeRowsCall:
         known = {id(loss) for loss in earlier}
         replicas.alike += [loss for loss in losses_of(self.owners) if id(loss) not in known]
         return keras.tree.map_structure(mine, outputs)
+
+
+def check_compilable(owners: Sequence[Owner], where: str) -> None:
+    """Raises LayoutError if a layer is given all rows, which compiled steps get wrong.
+
+    Seen with torch 2.13 and its inductor: the layer was given its replica's rows.
+    """
+    whole = [f"'{o.path}'" for o in owners if isinstance(o.layer.call, WholeRowsCall)]
+    if whole:
+        raise LayoutError(
+            f"{', '.join(whole)} must be given all rows, and in a compiled step would not be. Use "
+            f"compile(jit_compile=False). {ALIKE}",
+            where=where,
+        )
 
 
 def give_all_rows(layer: Any, *modes: bool) -> None:

@@ -111,19 +111,21 @@ def gathered_instead(
             variable._stood_in = None
 
 
-def try_before_compiling(model: Any) -> None:
+def try_before_compiling(model: Any, check: Callable[[], None]) -> None:
     """Has `model` called once by itself, and all put back, before a compiled step calls it.
 
     For what is looked at on first batches and no compiler should see: on the first
-    of each of `fit`, `evaluate` and `predict`, without gradients.
+    of each of `fit`, `evaluate` and `predict`, without gradients. Then `check` is called.
     """
     for kind in ("train", "test", "predict"):
         make = getattr(model, f"make_{kind}_function", None)
         if make is not None:  # a mere layer has none
-            setattr(model, f"make_{kind}_function", _looking(model, make, kind))
+            setattr(model, f"make_{kind}_function", _looking(model, make, kind, check))
 
 
-def _looking(model: Any, make: Callable[..., Any], kind: str) -> Callable[..., Any]:
+def _looking(
+    model: Any, make: Callable[..., Any], kind: str, check: Callable[[], None]
+) -> Callable[..., Any]:
     name, done = f"{kind}_function", False
 
     @functools.wraps(make)
@@ -139,6 +141,7 @@ def _looking(model: Any, make: Callable[..., Any], kind: str) -> Callable[..., A
             training = {"training": kind == "train"} if model._call_has_training_arg else {}
             with restored(walk_layers(model), trained=False), torch.no_grad():
                 model(x, **training)
+            check()
             done = True
             setattr(model, name, step)
             return step(data)
