@@ -265,20 +265,6 @@ class WholeRowsCall:
         return keras.tree.map_structure(mine, outputs)
 
 
-def check_compilable(owners: Sequence[Owner], where: str) -> None:
-    """Raises LayoutError if a layer is given all rows, which compiled steps get wrong.
-
-    Seen with torch 2.13 and its inductor: the layer was given its replica's rows.
-    """
-    whole = [f"'{o.path}'" for o in owners if isinstance(o.layer.call, WholeRowsCall)]
-    if whole:
-        raise LayoutError(
-            f"{', '.join(whole)} must be given all rows, and in a compiled step would not be. Use "
-            f"compile(jit_compile=False). {ALIKE}",
-            where=where,
-        )
-
-
 def give_all_rows(layer: Any, *modes: bool) -> None:
     """Has a layer compute on all rows, in inference (False) or training (True)."""
     if not isinstance(layer.call, WholeRowsCall):

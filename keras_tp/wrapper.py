@@ -14,7 +14,7 @@ from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
-from keras_tp.replicas import RowsCall, check_compilable, give_all_rows
+from keras_tp.replicas import RowsCall, give_all_rows
 from keras_tp.rules import computation_of
 from keras_tp.seam.distribution import layout_of, set_layout
 from keras_tp.seam.layers import (
@@ -89,8 +89,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         replicas = Axis.of(mesh, plan.batch_axis)
         model.call = RowsCall(model, replicas, owners)
         feed_rows(model, replicas)
-        where = f"model '{model.name}', whose rows are shared out along axis '{plan.batch_axis}'"
-        try_before_compiling(model, lambda: check_compilable(owners, where))
+        try_before_compiling(model)
     if dist.get_world_size() > 1:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)

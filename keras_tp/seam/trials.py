@@ -38,7 +38,7 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
     # (A torch module writes some of its buffers without counting it.)
     buffers = {id(t): (t, t.clone()) for o in owners for t in o.layer.buffers()}
     losses = [(o.layer, o.layer._losses, o.layer._loss_ids) for o in owners]
-    attributes = [(vars(o.layer), dict(vars(o.layer))) for o in owners]
+    attributes = [(vars(o.layer), _attributes(o.layer)) for o in owners]
     generators = [_state_setter(value) for _, kept in attributes for value in kept.values()]
     states = random.getstate(), np.random.get_state(), global_seed()
     try:
@@ -54,7 +54,7 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
             for tensor, value in buffers.values():
                 tensor.copy_(value)
         for now, kept in attributes:
-            for name in now.keys() - kept.keys():
+            for name in now.keys() - kept.keys() - _OURS:
                 del now[name]
             now.update(kept)
         for reset in generators:
@@ -65,6 +65,14 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
         np.random.set_state(states[1])
         set_global_seed(states[2])
         random.setstate(states[0])  # making Keras's generator has drawn from it
+
+
+# What takes the place of a layer's call stays: a first batch may show that another is wanted.
+_OURS = {"call"}
+
+
+def _attributes(layer: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if name not in _OURS}
 
 
 def _state_setter(value: Any) -> Callable[[], Any]:
@@ -111,21 +119,19 @@ def gathered_instead(
             variable._stood_in = None
 
 
-def try_before_compiling(model: Any, check: Callable[[], None]) -> None:
+def try_before_compiling(model: Any) -> None:
     """Has `model` called once by itself, and all put back, before a compiled step calls it.
 
     For what is looked at on first batches and no compiler should see: on the first
-    of each of `fit`, `evaluate` and `predict`, without gradients. Then `check` is called.
+    of each of `fit`, `evaluate` and `predict`, without gradients.
     """
     for kind in ("train", "test", "predict"):
         make = getattr(model, f"make_{kind}_function", None)
         if make is not None:  # a mere layer has none
-            setattr(model, f"make_{kind}_function", _looking(model, make, kind, check))
+            setattr(model, f"make_{kind}_function", _looking(model, make, kind))
 
 
-def _looking(
-    model: Any, make: Callable[..., Any], kind: str, check: Callable[[], None]
-) -> Callable[..., Any]:
+def _looking(model: Any, make: Callable[..., Any], kind: str) -> Callable[..., Any]:
     name, done = f"{kind}_function", False
 
     @functools.wraps(make)
@@ -141,7 +147,6 @@ def _looking(
             training = {"training": kind == "train"} if model._call_has_training_arg else {}
             with restored(walk_layers(model), trained=False), torch.no_grad():
                 model(x, **training)
-            check()
             done = True
             setattr(model, name, step)
             return step(data)
