@@ -27,7 +27,7 @@ from keras_tp.seam.layers import (
     walk_layers,
 )
 from keras_tp.seam.optimizers import hook_optimizers
-from keras_tp.seam.rows import hook_random, share_statistics
+from keras_tp.seam.rows import hook_random, hook_remat, share_statistics
 from keras_tp.seam.trials import try_before_compiling
 from keras_tp.seam.variables import (
     local_tensor,
@@ -86,6 +86,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     adopt_optimizer(model, plan.mesh)
     if plan.batch_axis is not None:
         hook_random()
+        hook_remat()
         replicas = Axis.of(mesh, plan.batch_axis)
         model.call = RowsCall(model, replicas, owners)
         feed_rows(model, replicas)

@@ -16,11 +16,12 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.backend.common import remat as common_remat
 from keras.src.backend.torch import random as backend_random
 from keras.src.backend.torch.core import get_device
 
 from keras_tp.errors import LayoutError
-from keras_tp.seam.contexts import Replicas, current_replicas
+from keras_tp.seam.contexts import Replicas, current_replicas, on_rows_of
 from keras_tp.seam.layers import Owner
 
 # Of `keras.src.backend.torch.random`: what is given a shape first, and what a tensor.
@@ -55,6 +56,29 @@ def hook_random() -> None:
     for name in _OF_A_TENSOR:
         _hook(name, _of_all_rows, lambda x, *_, **__: tuple(x.shape))
     _hook("dropout", _dropout, lambda *args, **kwargs: tuple(_noise_shape(*args, **kwargs)))
+
+
+def hook_remat() -> None:
+    """Has what is computed again in backward be computed for the same rows. Idempotent."""
+    original = common_remat.remat
+    if hasattr(original, "_keras_tp"):
+        return
+
+    @functools.wraps(original)
+    def remat(f: Callable[..., Any]) -> Callable[..., Any]:
+        replicas = current_replicas()
+        if replicas is None:
+            return original(f)
+
+        @functools.wraps(f)
+        def on_rows(*args: Any, **kwargs: Any) -> Any:
+            with on_rows_of(replicas):
+                return f(*args, **kwargs)
+
+        return original(on_rows)
+
+    remat._keras_tp = True  # type: ignore[attr-defined]
+    common_remat.remat = remat
 
 
 def _noise_shape(inputs: Any, rate: Any, noise_shape: Any = None, seed: Any = None) -> list[int]:
