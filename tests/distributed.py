@@ -17,6 +17,7 @@ from keras import layers, ops
 from precision import real_float64
 
 import keras_tp
+from keras_tp.seam.layers import plan_carried_out, walk_layers
 
 # Makes a distribution; it has to be made after `enable`, from which it learns of the job.
 Maker = Callable[[], Any]
@@ -64,6 +65,9 @@ def both(script: Callable[[Scope], dict[str, Any]], make: Maker) -> dict[str, fl
         with enabled():
             start()
             many = script(make().scope)
+    # Seeded ranks that each train the whole model for themselves have the same numbers, too.
+    assert not one.pop("parallelized")
+    assert many.pop("parallelized")
     assert list(one) == list(many)
     return {name: parity.difference(value, many[name]) for name, value in one.items()}
 
@@ -127,10 +131,19 @@ def compiled(model: Any, **options: Any) -> Any:
 
 
 def state(model: Any) -> dict[str, Any]:
-    """Every weight and optimizer slot, whole. Collective."""
+    """Every weight and optimizer slot, whole, and whether it is parallelized. Collective."""
     optimizer = getattr(model, "optimizer", None)
     slots = [] if optimizer is None else optimizer.variables
-    return {**keras_tp.full_weights(model), **{f"optimizer {v.path}": v.numpy() for v in slots}}
+    return {
+        **keras_tp.full_weights(model),
+        **{f"optimizer {v.path}": v.numpy() for v in slots},
+        "parallelized": is_parallelized(model),
+    }
+
+
+def is_parallelized(model: Any) -> bool:
+    """Whether `model`, or a part of it, has been."""
+    return any(plan_carried_out(owner.layer) is not None for owner in walk_layers(model))
 
 
 def fitted(model: Any, rows: int = 10, **options: Any) -> dict[str, Any]:
@@ -138,4 +151,6 @@ def fitted(model: Any, rows: int = 10, **options: Any) -> dict[str, Any]:
     x, y = classes(rows)
     options = {"batch_size": 4, "epochs": 2, **options}
     history = model.fit(x, y, verbose=0, **options).history
-    return {**history, "predicted": model.predict(x, batch_size=4, verbose=0), **state(model)}
+    parallelized = is_parallelized(model)  # by `fit`, not by what comes after
+    predicted = model.predict(x, batch_size=4, verbose=0)
+    return {**history, "predicted": predicted, **state(model), "parallelized": parallelized}
