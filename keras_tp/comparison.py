@@ -11,9 +11,9 @@ import keras
 import torch
 import torch.distributed as dist
 
+from keras_tp.all_rows import computing_alike
 from keras_tp.checks import LayerCheck
 from keras_tp.collectives import control_device
-from keras_tp.replicas import computing_alike
 from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
 from keras_tp.seam.trials import gathered_instead, leaf_of, restored, shard_of

@@ -7,6 +7,10 @@ each, once as they will from then on and once all of them on every rank, from th
 same state. Layers whose outputs, losses or states differ by more than rounding, which is
 measured (`keras_tp.rounding`), are told to the caller; if no layer's do, but the
 model's, that is an error. It costs four calls on a few rows.
+
+The first batch may hide it: its rows are all alike, a gate is zero, a layer is frozen.
+So it is shown again for the 2nd, 4th, 8th, ... batch, and for every kind of call (its
+arguments but for tensors and numbers, and which layers are trained).
 """
 
 from __future__ import annotations

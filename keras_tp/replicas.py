@@ -11,26 +11,37 @@ number of rows.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import torch
 
+from keras_tp.all_rows import give_all_rows, has_rows, is_alike
 from keras_tp.buckets import Buckets, summed
 from keras_tp.collectives import Axis, join, reduce
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import row_counts
-from keras_tp.proof import ROWS, Shapes, prove_rows
+from keras_tp.proof import ROWS, Proof, Shapes, prove_rows
 from keras_tp.rounding import Nudge
 from keras_tp.row_collectives import gather_rows, split_rows, sum_over
 from keras_tp.rows import Rows
-from keras_tp.seam.contexts import current_replicas, is_stateless, is_symbolic, on_rows_of
-from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.contexts import (
+    current_replicas,
+    is_stateless,
+    is_symbolic,
+    is_training,
+    on_rows_of,
+)
+from keras_tp.seam.layers import (
+    Owner,
+    check_variables,
+    tensors_kept,
+    variables_of,
+)
 from keras_tp.seam.rows import average_losses, losses_of, with_mask
 from keras_tp.seam.variables import cut_along, local_tensor
 
@@ -121,29 +132,46 @@ class RowsCall:
         self.axis = axis
         self.owners = owners
         self.variables = variables_of(owners)
-        # Without and with training, the shapes of random numbers that are not drawn by row.
-        self.proven: dict[bool, Shapes] = {}
+        self.calls: dict[Any, int] = {}  # of each kind
+        self.fixed: Shapes = frozenset()  # of random numbers that are not drawn by row
+        self.proving = False
+        self.kept: dict[tuple[int, str], None] = {}  # layers' attributes that calls set to tensors
         self.where = f"model '{model.name}', whose rows are shared out along axis '{axis.name}'"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_symbolic() or is_stateless() or _ALIKE or current_replicas() is not None:
+        if is_symbolic() or is_stateless() or is_alike() or current_replicas() is not None:
             return self.original(*args, **kwargs)
         total = self._count_rows(args, kwargs)
         if total < self.axis.size:
             return self.original(*args, **kwargs)
         counts = _counts_of((args, kwargs)) or row_counts(total, self.axis.size)
-        training = bool(kwargs.get("training"))
-        if training not in self.proven and not torch.compiler.is_compiling():
-            self.proven[training] = self._prove(args, kwargs, counts, training)
-        fixed = self.proven.get(training, frozenset())
-        return self._share_out(args, kwargs, counts, fixed, training)
+        training = is_training()
+        if torch.compiler.is_compiling():
+            return self._share_out(args, kwargs, counts, self.fixed, training)
+        check_variables(self.model, self.variables, self.where)
+        kind = self._kind_of(args, kwargs)
+        calls = self.calls.get(kind, 0)
+        if calls & (calls + 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+            self.fixed = self.fixed | self._prove(args, kwargs, counts, training)
+        self.calls[kind] = calls + 1
+        return self._share_out(args, kwargs, counts, self.fixed, training)
+
+    def _kind_of(self, args: Any, kwargs: Any) -> Any:
+        """What may decide which way the model's code goes: all but numbers."""
+        leaves = [
+            repr(leaf) if leaf is None or isinstance(leaf, bool | str) else type(leaf).__name__
+            for leaf in keras.tree.flatten((args, kwargs))
+        ]
+        names = [len(args), *kwargs]
+        trained = tuple(owner.layer.trainable for owner in self.owners)
+        return is_training(), tuple(names), tuple(leaves), trained
 
     def _prove(self, args: Any, kwargs: Any, counts: tuple[int, ...], training: bool) -> Shapes:
         few = min(ROWS, *counts)
         rows = [i for end in itertools.accumulate(counts) for i in range(end - few, end)]
 
         def some(leaf: Any, nudge: Nudge) -> Any:
-            if not _has_rows(leaf):
+            if not has_rows(leaf):
                 return leaf
             if isinstance(leaf, np.ndarray):
                 return leaf[rows]
@@ -155,11 +183,15 @@ class RowsCall:
         def call(nudge: Nudge, fixed: Shapes | None) -> Any:
             given = keras.tree.map_structure(lambda leaf: some(leaf, nudge), (args, kwargs))
             if fixed is None:
-                return self.original(*given[0], **given[1])
-            return self._share_out(given[0], given[1], (few,) * len(counts), fixed, training)
+                before = [dict(vars(owner.layer)) for owner in self.owners]
+                outputs = self.original(*given[0], **given[1])
+                self.kept |= dict.fromkeys(tensors_kept(self.owners, before))
+            else:
+                outputs = self._share_out(given[0], given[1], (few,) * len(counts), fixed, training)
+            return outputs, [vars(self.owners[i].layer).get(name) for i, name in self.kept]
 
         given_all: list[Owner] = []
-        while (proof := prove_rows(self.owners, call, self.where)).mixing:
+        while (proof := self._proof(call)).mixing:
             mixing = [self.owners[i] for i in proof.mixing]
             again = [owner.path for owner in mixing if owner in given_all]
             if again:
@@ -183,13 +215,20 @@ class RowsCall:
             )
         return proof.fixed
 
+    def _proof(self, call: Any) -> Proof:
+        self.proving = True
+        try:
+            return prove_rows(self.owners, call, self.where)
+        finally:
+            self.proving = False
+
     def _share_out(
         self, args: Any, kwargs: Any, counts: tuple[int, ...], fixed: Shapes, training: bool
     ) -> Any:
         replicas = Replicas(self.axis, counts, self.variables, fixed, training)
 
         def mine(leaf: Any) -> Any:
-            if not _has_rows(leaf):
+            if not has_rows(leaf):
                 return leaf
             if isinstance(leaf, np.ndarray):
                 return leaf[replicas.start : replicas.start + replicas.rows]
@@ -210,15 +249,35 @@ class RowsCall:
 
         args, kwargs = keras.tree.map_structure(mine, (args, kwargs))
         earlier = losses_of(self.owners)
-        where = self.where if training in self.proven else ""
+        where = "" if self.proving else self.where
+        before = {(i, name): vars(self.owners[i].layer).get(name) for i, name in self.kept}
         with on_rows_of(replicas):
             outputs = self.original(*args, **kwargs)
         average_losses(self.owners, replicas, [*earlier, *replicas.alike], where)
+        for (number, name), old in before.items():
+            self._join_kept(self.owners[number], name, old, replicas)
         return keras.tree.map_structure(joined, outputs)
+
+    def _join_kept(self, owner: Owner, name: str, old: Any, replicas: Replicas) -> None:
+        """What a layer keeps of a call is there to be read later, and so is that of all rows."""
+        kept = vars(owner.layer).get(name)
+        if not isinstance(kept, torch.Tensor) or kept is old:
+            return
+        if kept.shape[:1] == (replicas.total,):  # of a layer that was given all rows
+            return
+        if kept.shape[:1] == (replicas.rows,):
+            vars(owner.layer)[name] = with_mask(kept, replicas.gather)
+        elif kept.requires_grad:
+            raise LayoutError(
+                f"'{owner.path}' keeps `{name}`, of shape {tuple(kept.shape)}, of a call: it is "
+                "not one of rows, and its gradient would be that of one replica's rows. Use "
+                "add_loss, or keep what it is computed from.",
+                where=self.where,
+            )
 
     def _count_rows(self, args: Any, kwargs: Any) -> int:
         shapes = [
-            tuple(leaf.shape) for leaf in keras.tree.flatten((args, kwargs)) if _has_rows(leaf)
+            tuple(leaf.shape) for leaf in keras.tree.flatten((args, kwargs)) if has_rows(leaf)
         ]
         counts = dict.fromkeys(shape[0] for shape in shapes)
         if len(counts) > 1:
@@ -230,66 +289,7 @@ class RowsCall:
         return next(iter(counts), 0)
 
 
-class WholeRowsCall:
-    """The `call` of a layer that looks at several rows: on the rows of all replicas, by each.
-
-    Forward one all-gather of each input, backward one of each output's gradient.
-    """
-
-    def __init__(self, layer: Any):
-        self.original = layer.call
-        self.owners = walk_layers(layer)
-        self.modes: set[bool] = set()  # in inference, in training
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replicas = current_replicas()
-        if replicas is None or is_symbolic() or replicas.training not in self.modes:
-            return self.original(*args, **kwargs)
-
-        def whole(leaf: Any) -> Any:
-            if not _has_rows(leaf) or leaf.shape[0] != replicas.rows:
-                return leaf
-            return with_mask(leaf, replicas.gather)
-
-        def mine(leaf: Any) -> Any:
-            if not _has_rows(leaf) or leaf.shape[0] != replicas.total:
-                return leaf
-            return with_mask(leaf, replicas.take)
-
-        args, kwargs = keras.tree.map_structure(whole, (args, kwargs))
-        earlier = losses_of(self.owners)
-        with on_rows_of(None):
-            outputs = self.original(*args, **kwargs)
-        known = {id(loss) for loss in earlier}
-        replicas.alike += [loss for loss in losses_of(self.owners) if id(loss) not in known]
-        return keras.tree.map_structure(mine, outputs)
-
-
-def give_all_rows(layer: Any, *modes: bool) -> None:
-    """Has a layer compute on all rows, in inference (False) or training (True)."""
-    if not isinstance(layer.call, WholeRowsCall):
-        layer.call = WholeRowsCall(layer)
-    layer.call.modes |= set(modes)
-
-
-_ALIKE: list[bool] = []
-
-
-@contextlib.contextmanager
-def computing_alike() -> Iterator[None]:
-    """While open, every replica computes all rows, and models do not share them out."""
-    _ALIKE.append(True)
-    try:
-        yield
-    finally:
-        _ALIKE.pop()
-
-
 def _counts_of(nest: Any) -> tuple[int, ...] | None:
     """How many rows each replica has of inputs that are shared out already."""
     shared = (leaf.counts for leaf in keras.tree.flatten(nest) if isinstance(leaf, Rows))
     return next(shared, None)
-
-
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray | torch.Tensor) and leaf.ndim > 0

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from keras_tp.agreement import AgreedInputs, fingerprint
+from keras_tp.all_rows import WholeRowsCall
 from keras_tp.calls import GatheredCall, ShardCall
 from keras_tp.checks import Verification
 from keras_tp.comparison import Comparison, Mode
 from keras_tp.errors import LayoutError
-from keras_tp.replicas import RowsCall, WholeRowsCall
+from keras_tp.replicas import RowsCall
 from keras_tp.seam.contexts import is_symbolic, on_rows_of
 from keras_tp.seam.layers import Owner, parallelized_part, variables_of, walk_layers
 from keras_tp.seam.trials import position_of, restored

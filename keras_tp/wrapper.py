@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
 from keras_tp.agreement import AgreedBatches, AgreedInputs, check_plans
+from keras_tp.all_rows import give_all_rows
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
 from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
-from keras_tp.replicas import RowsCall, give_all_rows
+from keras_tp.replicas import RowsCall
 from keras_tp.rules import computation_of
 from keras_tp.seam.distribution import layout_of, set_layout
 from keras_tp.seam.layers import (

@@ -51,6 +51,7 @@ SEAM = {
 }
 ACT = {
     "agreement",
+    "all_rows",
     "application",
     "batches",
     "buckets",

@@ -353,6 +353,136 @@ def test_a_weight_that_keras_does_not_know(ranks: Any) -> None:
         assert max(differences) < 1e-5
 
 
+class Switching(keras.Model):
+    """Mixes rows if it is told to, or trains; has no `training` argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = layers.Dense(4)
+        self.centre = CentredToTrain()
+
+    def call(self, x: Any, mode: str = "rows") -> Any:
+        y = self.centre(self.dense(x))
+        return y - keras.ops.mean(y, axis=0) if mode == "pairs" else y
+
+
+class CentredToTrain(layers.Layer):
+    def call(self, x: Any, training: bool = False) -> Any:
+        return x - keras.ops.mean(x, axis=0) if training else x
+
+
+class Gated(layers.Layer):
+    """Mixes rows behind a gate that is closed at first."""
+
+    def build(self, shape: Any) -> None:
+        self.gate = self.add_weight(shape=(), initializer="zeros")
+
+    def call(self, x: Any) -> Any:
+        return x + self.gate * keras.ops.mean(x**2, axis=0)
+
+
+def later(what: str) -> list[str]:
+    """What two calls say, of which the first shows nothing."""
+    x = torch.tensor(layer_cases.floats(6, 8), dtype=torch.float32)
+    model: Any
+    if what == "zeros":
+        model = replicated(around(lambda: Centred(name="odd")), batch=2)
+        calls = [lambda: model(torch.zeros(6, 8)), lambda: model(x)]
+    elif what == "gate":
+        odd = Gated(name="odd")
+        model = replicated(keras.Sequential([keras.Input((8,)), odd]), batch=2)
+        calls = [lambda: model(x), lambda: (odd.gate.assign(1.0), model(x))]
+    elif what == "lora":
+        dense = layers.Dense(4, name="odd")
+        model = replicated(keras.Sequential([keras.Input((8,)), dense]), batch=2)
+        calls = [lambda: model(x), lambda: (dense.enable_lora(2), model(x))]
+    else:
+        model = Switching()
+        model(x)
+        replicated(model, batch=2)
+        options: dict[str, Any] = {"mode": "pairs"} if what == "mode" else {"training": True}
+        calls = [lambda: model(x), lambda: model(x, **options)]
+    said = []
+    for call in calls:
+        try:
+            call()
+            said.append("")
+        except keras_tp.LayoutError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("zeros", "/odd'."),
+        ("gate", "/odd'."),
+        ("lora", "odd/lora_kernel_a', "),
+        ("mode", "how the model joins"),
+        ("training", "/centred_to_train'."),
+    ],
+)
+def test_what_the_first_batch_does_not_show(ranks: Any, what: str, says: str) -> None:
+    """A batch of zeros to build it; a gate of zero; another way through the code; new weights."""
+    for first, second in ranks(2)(later, what):
+        assert first == ""
+        assert says in second
+
+
+class Keeping(keras.Model):
+    """Keeps what its loss is computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = layers.Dense(3), layers.Dense(4)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        self.code = self.encoder(x)
+        self.size = self.code.square().mean() if x.shape[1] == 7 else None
+        return self.decoder(self.code)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) + (self.code**2).mean()
+
+
+def keeping() -> Any:
+    model = Keeping()
+    model(np.zeros((2, 8)))
+    return model
+
+
+def checkpointed() -> Any:
+    with keras.RematScope("full"):
+        norm, dropout = layers.BatchNormalization(), layers.Dropout(0.5, seed=3)
+        parts = layers.Dense(6, "tanh"), norm, dropout, layers.Dense(4)
+        return keras.Sequential([keras.Input((8,)), *parts])
+
+
+@pytest.mark.parametrize("build", ["keeping", "checkpointed"])
+def test_what_is_read_after_the_call(ranks: Any, build: str) -> None:
+    """A loss of one replica's code, its gradient counted twice; statistics of half a batch and
+    other masks in what is computed again in backward."""
+    for report in ranks(2)(train, build, 7, {"batch": 2}):
+        assert report.worst() < 1e-10
+
+
+def kept_mean() -> str:
+    model = Keeping()
+    model(np.zeros((2, 7)))
+    replicated(model, batch=2)
+    try:
+        model(torch.ones(6, 7), training=True)
+    except keras_tp.LayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_a_kept_mean_of_rows_is_refused(ranks: Any) -> None:
+    """Of a replica's rows, it is another number."""
+    for message in ranks(2)(kept_mean):
+        assert "keeps `size`" in message or "not computed alone" in message
+
+
 def twice() -> list[float]:
     found = []
     with real_float64():

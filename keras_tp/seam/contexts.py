@@ -85,6 +85,12 @@ def in_call() -> bool:
     return global_state.get_global_attribute("current_call_ctx") is not None
 
 
+def is_training() -> bool:
+    """Whether the layer whose `call` runs is called to train, though its `call` be not told."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    return bool(getattr(context, "training", None))
+
+
 _READING_SHARDS = "keras_tp_reading_shards"
 
 

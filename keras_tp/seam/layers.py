@@ -65,6 +65,36 @@ def states_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
     return _unique(states)
 
 
+def check_variables(model: Any, known: Iterable[Any], where: str) -> None:
+    """Raises LayoutError if layers of `model` have variables that are not among `known`."""
+    ids = {id(variable) for variable in known}
+    new = [v.path for v in variables_of(walk_layers(model)) if id(v) not in ids]
+    if new:
+        raise LayoutError(
+            f"{', '.join(map(repr, new))} came after it was parallelized, and gradients of them "
+            "would be those of one replica's rows. Change a model (LoRA, quantization, new "
+            "layers) before it is parallelized, or build a new one.",
+            where=where,
+        )
+
+
+def tensors_kept(
+    owners: Iterable[Owner], before: Iterable[dict[str, Any]]
+) -> list[tuple[int, str]]:
+    """The attributes that were set to other tensors since, each with the number of its owner.
+
+    Args:
+        owners: layers.
+        before: of each, the attributes it had.
+    """
+    return [
+        (number, name)
+        for number, (owner, had) in enumerate(zip(owners, before, strict=True))
+        for name, value in vars(owner.layer).items()
+        if isinstance(value, torch.Tensor) and value is not had.get(name)
+    ]
+
+
 def metric_variables_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
     """What metrics keep that layers hold, and may update in a call."""
     metrics = [metric for owner in owners for metric in getattr(owner.layer, "_metrics", ())]
