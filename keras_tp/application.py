@@ -87,10 +87,9 @@ def _distribution_for(model: Any) -> Any:
     made_under = (distribution_of(v) for v in variables_of(walk_layers(model)))
     distribution = next((d for d in made_under if d is not None), None)
     carried_out = plan_carried_out(model)
-    if distribution is not None and carried_out is not None:
-        if differences(carried_out, distribution):
-            return None  # it was given to `keras_tp.parallelize`, which asked for something else
-    return distribution
+    if distribution is None or carried_out is None or not differences(carried_out, distribution):
+        return distribution
+    return None  # it was given to `keras_tp.parallelize`, which asked for something else
 
 
 def _axis_of(distribution: Any) -> Axis:
