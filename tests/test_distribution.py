@@ -11,7 +11,17 @@ import numpy as np
 import parity
 import pytest
 import torch
-from distributed import LAYOUT, Scope, both, classes, classifier, compiled, fitted, state
+from distributed import (
+    LAYOUT,
+    Scope,
+    both,
+    classes,
+    classifier,
+    compiled,
+    fitted,
+    is_parallelized,
+    state,
+)
 from keras import layers
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,6 +181,7 @@ def fitted_twice(scope: Scope) -> dict[str, Any]:
     with scope():
         model = compiled(classifier())
         first = fitted(model)
+        assert first.pop("parallelized") == is_parallelized(model)
         again = fitted(model)
     return {**{f"first {name}": value for name, value in first.items()}, **again, **fitted(model)}
 
