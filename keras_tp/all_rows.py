@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
-import torch
 
+from keras_tp.data import has_rows
 from keras_tp.seam.contexts import current_replicas, is_symbolic, on_rows_of
 from keras_tp.seam.layers import walk_layers
 from keras_tp.seam.rows import losses_of, with_mask
@@ -73,8 +72,3 @@ def computing_alike() -> Iterator[None]:
         yield
     finally:
         _ALIKE.pop()
-
-
-def has_rows(leaf: Any) -> bool:
-    """Whether a leaf is an array or tensor of rows."""
-    return isinstance(leaf, np.ndarray | torch.Tensor) and leaf.ndim > 0

@@ -78,8 +78,8 @@ def parallelize(
     Every rank also takes over the first one's random state (Python, NumPy,
     torch), so that shuffling and dropout agree.
 
-    Random layers (dropout, noise, augmentation) see whole activations only, so
-    their masks are the same bits on every rank. With the same seed a run on any
+    Random layers (dropout, noise, augmentation) draw for whole activations, of all
+    rows, so that their masks are the same bits on every rank. With the same seed a run on any
     number of ranks repeats itself, and draws the masks of one process, as long
     as the same layers draw in the same order; unseeded, they are the first
     rank's. What an own layer draws from a rank's own generator is not followed.
@@ -102,9 +102,10 @@ def parallelize(
             numbers on shards.
     """
     require_torch()
-    if (layout_map is None) == (plan is None) or (strict and plan is not None):
+    asked = strict or batch_axis != "batch"
+    if (layout_map is None) == (plan is None) or (asked and plan is not None):
         raise LayoutError(
-            "give either a layout map (and strict, if wanted) or a plan.",
+            "give either a layout map (and strict and batch_axis, if wanted) or a plan.",
             where="parallelize(model, layout_map, plan=...)",
         )
     if plan is None:

@@ -14,13 +14,10 @@ import torch.distributed as dist
 from keras_tp.all_rows import computing_alike
 from keras_tp.checks import LayerCheck
 from keras_tp.collectives import control_device
-from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
+from keras_tp.rounding import NUDGES, Nudge, allowed, difference, unit_of
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
 from keras_tp.seam.trials import gathered_instead, leaf_of, restored, shard_of
 from keras_tp.seam.variables import local_tensor
-
-# How often what is gathered is computed again on nudged numbers, to see what rounding makes.
-NUDGES = 2
 
 
 class Mode:
@@ -173,7 +170,7 @@ class Comparison:
             weight_gradient=weight_gradient,
             finite=not not_finite,
             differentiable=self.differentiable,
-            tolerance=units_allowed(self.unit) * self.unit if tolerance is None else tolerance,
+            tolerance=allowed(self.unit) if tolerance is None else tolerance,
         )
 
 

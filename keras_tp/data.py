@@ -63,7 +63,7 @@ class DataSharder:
         """
         if self.batch_axis not in self.mesh.axes:
             return batch
-        arrays = [leaf for leaf in keras.tree.flatten(batch) if _has_rows(leaf)]
+        arrays = [leaf for leaf in keras.tree.flatten(batch) if has_rows(leaf)]
         lengths = {len(array) for array in arrays}
         if len(lengths) > 1:
             shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
@@ -76,7 +76,7 @@ class DataSharder:
         replicas = self.mesh.axis_size(self.batch_axis)
 
         def take(leaf: Any) -> Any:
-            if not _has_rows(leaf):
+            if not has_rows(leaf):
                 return leaf
             start, count = row_bounds(len(leaf), replicas, replica)
             return leaf[start : start + count]
@@ -84,5 +84,6 @@ class DataSharder:
         return keras.tree.map_structure(take, batch)
 
 
-def _has_rows(leaf: Any) -> bool:
+def has_rows(leaf: Any) -> bool:
+    """Whether a leaf of a batch is an array or tensor of rows."""
     return isinstance(leaf, np.ndarray | torch.Tensor) and leaf.ndim > 0

@@ -6,8 +6,7 @@ rows for the first time, in training and in inference, they compute two rows of
 each, once as they will from then on and once all of them on every rank, from the
 same state. Layers whose outputs, losses or states differ by more than rounding, which is
 measured (`keras_tp.rounding`), are told to the caller; if no layer's do, but the
-model's, that is an error. It costs two calls on a few rows,
-or four.
+model's, that is an error. It costs two calls on a few rows, or four.
 
 The first batch may hide it: its rows are all alike, a gate is zero, a layer is frozen.
 So it is shown again for the 2nd, 4th, 8th, ... batch, and for every kind of call (its
@@ -28,7 +27,7 @@ import torch.distributed as dist
 
 from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
-from keras_tp.rounding import Nudge, difference, unit_of, units_allowed
+from keras_tp.rounding import NUDGES, Nudge, allowed, difference, unit_of
 from keras_tp.seam.contexts import current_replicas
 from keras_tp.seam.layers import Owner, metric_variables_of, states_of, variables_of
 from keras_tp.seam.rows import losses_of, recorded_draws
@@ -36,7 +35,6 @@ from keras_tp.seam.trials import nudged_weights, restored
 from keras_tp.seam.variables import local_tensor
 
 ROWS = 2  # of each replica
-NUDGES = 2
 
 Shapes = Set[tuple[int, ...]]
 # Calls the model on some rows, nudged, with the shapes of what is not drawn by row; with
@@ -54,8 +52,8 @@ class Proof:
             all: what has one of these is drawn whole, though it begin with the
             number of rows.
         gap: the largest difference.
-        mixing: indices of layers below the model that want all rows. Only the first of those whose
-            outputs differ, as it may be why those of others do.
+        mixing: indices of layers below the model that want all rows. Of those whose
+            outputs differ only the first, as it may be why those of others do.
     """
 
     fixed: Shapes
@@ -78,14 +76,14 @@ def prove_rows(owners: Sequence[Owner], call: Call, where: str) -> Proof:
     with recorded_draws(by_replicas=True) as some:
         found = _results(owners, call, still, whole)
     gap = _largest_gap(wanted, found, (), unit)
-    if gap > _allowed(unit):  # nudges allow for more, never for less
+    if gap > allowed(unit):  # nudges allow for more, never for less
         nudged = [_results(owners, call, Nudge(unit, seed), None) for seed in range(NUDGES)]
         gap = _largest_gap(wanted, found, nudged, unit)
-    mixing = _who_mixes(owners, call, whole, unit) if gap > _allowed(unit) else ()
-    if gap > _allowed(unit) and not mixing:
+    mixing = _who_mixes(owners, call, whole, unit) if gap > allowed(unit) else ()
+    if gap > allowed(unit) and not mixing:
         raise LayoutError(
             f"its rows are not computed alone: of {ROWS} rows on each replica, results differ by "
-            f"{gap:.1e} (rounding: {_allowed(unit):.1e}) from those of all rows together, though "
+            f"{gap:.1e} (rounding: {allowed(unit):.1e}) from those of all rows together, though "
             "no layer's do: look at how the model joins their outputs. With batch_axis=None every "
             "replica computes all rows.",
             where=where,
@@ -116,10 +114,6 @@ def _trial(owners: Sequence[Owner], nudge: Nudge) -> Iterator[None]:
 
 def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor | int | float)
-
-
-def _allowed(unit: float) -> float:
-    return units_allowed(unit) * unit
 
 
 def _largest_gap(
@@ -160,7 +154,7 @@ def _who_mixes(owners: Sequence[Owner], call: Call, fixed: Shapes, unit: float) 
             # (What is no longer by row, such as tokens in one line, shows further on.)
             if i == 0 or i in blamed or (kind == 0 and (blamed or whole.shape != rows.shape)):
                 continue
-            if _largest_gap([whole], [rows], [[t] for _, t in again], unit) > _allowed(unit):
+            if _largest_gap([whole], [rows], [[t] for _, t in again], unit) > allowed(unit):
                 blamed.append(i)
     return tuple(blamed)
 

@@ -20,9 +20,10 @@ import keras
 import numpy as np
 import torch
 
-from keras_tp.all_rows import give_all_rows, has_rows, is_alike
+from keras_tp.all_rows import give_all_rows, is_alike
 from keras_tp.buckets import Buckets, summed
 from keras_tp.collectives import Axis, join, reduce
+from keras_tp.data import has_rows
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import row_counts
 from keras_tp.proof import ROWS, Proof, Shapes, prove_rows
@@ -54,7 +55,8 @@ class Replicas:
     Args:
         axis: along which they stand.
         counts: rows of each.
-        variables: those of the model, in the order in which it is expected to use them.
+        whole: what the rank stores of the variables that are not cut along the axis, in
+            the order in which the model is expected to use them.
         fixed: shapes in which random numbers are drawn whatever the number of rows.
         training: whether the model is called for training.
     """
@@ -63,7 +65,7 @@ class Replicas:
         self,
         axis: Axis,
         counts: tuple[int, ...],
-        variables: Sequence[Any],
+        whole: Sequence[torch.Tensor],
         fixed: Shapes = frozenset(),
         training: bool = False,
     ):
@@ -76,8 +78,7 @@ class Replicas:
         self.rows = counts[axis.rank]
         self.total = sum(counts)
         self.start = sum(counts[: axis.rank])
-        whole = [v for v in variables if not cut_along(v, self.axis)]
-        self._buckets = Buckets([local_tensor(v) for v in whole], axis)
+        self._buckets = Buckets(whole, axis)
         self._renewed: dict[int, torch.Tensor] = {}
 
     def own(self, variable: Any) -> torch.Tensor:
@@ -132,6 +133,7 @@ class RowsCall:
         self.axis = axis
         self.owners = owners
         self.variables = variables_of(owners)
+        self.whole = [local_tensor(v) for v in self.variables if not cut_along(v, axis.name)]
         self.calls: dict[Any, int] = {}  # of each kind
         self.fixed: Shapes = frozenset()  # of random numbers that are not drawn by row
         self.proving = False
@@ -149,7 +151,7 @@ class RowsCall:
         if torch.compiler.is_compiling():
             return self._share_out(args, kwargs, counts, self.fixed, training)
         check_variables(self.model, self.variables, self.where)
-        kind = self._kind_of(args, kwargs)
+        kind = training, *self._kind_of(args, kwargs)
         calls = self.calls.get(kind, 0)
         if calls & (calls + 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
             self.fixed = self.fixed | self._prove(args, kwargs, counts, training)
@@ -164,7 +166,7 @@ class RowsCall:
         ]
         names = [len(args), *kwargs]
         trained = tuple(owner.layer.trainable for owner in self.owners)
-        return is_training(), tuple(names), tuple(leaves), trained
+        return tuple(names), tuple(leaves), trained
 
     def _prove(self, args: Any, kwargs: Any, counts: tuple[int, ...], training: bool) -> Shapes:
         few = min(ROWS, *counts)
@@ -225,7 +227,7 @@ class RowsCall:
     def _share_out(
         self, args: Any, kwargs: Any, counts: tuple[int, ...], fixed: Shapes, training: bool
     ) -> Any:
-        replicas = Replicas(self.axis, counts, self.variables, fixed, training)
+        replicas = Replicas(self.axis, counts, self.whole, fixed, training)
 
         def mine(leaf: Any) -> Any:
             if not has_rows(leaf):

@@ -17,6 +17,9 @@ from typing import Any
 import keras
 import torch
 
+# How often what is compared is computed again on nudged numbers, to see what rounding makes.
+NUDGES = 2
+
 
 def units_allowed(unit: float) -> int:
     """How many units of rounding pass for equal.
@@ -26,6 +29,11 @@ def units_allowed(unit: float) -> int:
     of those are still two millionths.
     """
     return 4 if unit > 1e-4 else 16
+
+
+def allowed(unit: float) -> float:
+    """The largest relative difference that passes for equal."""
+    return units_allowed(unit) * unit
 
 
 def unit_of(dtypes: Sequence[str]) -> float:

@@ -2,7 +2,7 @@
 
 As `keras_tp.collectives`, of which these are relatives, in dual pairs as there:
 
-    sum_over      (all-reduce)  <->  itself
+    sum_over      (all-reduce)  <->  itself (a reduce, then a copy)
     gather_weight (all-gather)  <->  reduce-scatter
     gather_rows   (all-gather)  <->  split_rows (slice)
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from keras_tp.collectives import Axis, chunk_sizes, join, padded
+from keras_tp.collectives import Axis, chunk_sizes, copy, join, padded, reduce
 
 
 def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -31,7 +31,7 @@ def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     Args:
         x: partial values, the same shape on every rank.
     """
-    return x if axis.size == 1 else _SumOver.apply(x, axis)
+    return copy(reduce(x, axis), axis)
 
 
 def gather_weight(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
@@ -71,19 +71,6 @@ def split_rows(x: torch.Tensor, sizes: tuple[int, ...], axis: Axis) -> torch.Ten
         sizes: number of rows of each position along the axis; any may be 0.
     """
     return x if axis.size == 1 else _SplitRows.apply(x, sizes, axis)
-
-
-class _SumOver(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        ctx.axis = axis
-        out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, group=axis.group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _SumOver.apply(grad, ctx.axis), None
 
 
 class _GatherWeight(torch.autograd.Function):

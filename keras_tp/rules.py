@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from keras_tp.layouts import Layout, Shape
@@ -171,7 +172,7 @@ def rows_of(layer: Any) -> str:
     """
     if getattr(layer, "all_rows", False) or isinstance(layer, _MIXING):
         return "all"
-    if getattr(layer, "_parameters", None):
+    if next(torch.nn.Module.parameters(layer, recurse=False), None) is not None:
         return "all"  # torch parameters of its own, whose gradients cannot be followed
     if isinstance(layer, keras.layers.RNN) and layer.stateful:
         return "all"  # its state has a row for each row of the batch

@@ -571,7 +571,7 @@ def test_without_a_batch_axis_every_rank_computes_all_rows(ranks: Any) -> None:
     assert ranks(2)(no_rows_shared) == [(0.0, 0)] * 2
 
 
-def counted(fake: bool = True) -> tuple[dict[str, int], dict[str, int], int]:
+def counted() -> tuple[dict[str, int], dict[str, int], int]:
     keras.utils.set_random_seed(0)
     model = replicated(models.dense_stack(), batch=2)
     x = torch.ones(4, *model.input_shape[1:])
