@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from counting import Collectives
+from patience import soon
 from torch.utils.checkpoint import checkpoint
 
 import keras_tp
@@ -537,14 +537,9 @@ def freed() -> bool:
         with mock.patch.object(Buckets, "_open", opened):
             loss_of(replica.call(mlp)).backward()
             loss_of(replica.call(mlp))  # and no backward
-        # gloo's threads let go of what they have sent a moment later.
-        for _ in range(200):
-            if all(call() is None for call in calls):
-                break
-            time.sleep(0.05)
+        return soon(lambda: all(call() is None for call in calls)) and len(calls) == 2
     finally:
         gc.enable()
-    return len(calls) == 2 and all(call() is None for call in calls)
 
 
 def test_a_call_is_freed_with_its_graph(ranks: Any) -> None:

@@ -248,7 +248,7 @@ def mixed(layer: str) -> tuple[list[str], float]:
 
     data = layer_cases.floats(7, 8), layer_cases.floats(7, 4)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", keras_tp.LayoutWarning)
         report = parity.compare(build, {}, {"batch": 2}, data)
     said = [str(w.message) for w in caught if w.category is keras_tp.LayoutWarning]
     return said, report.worst()
@@ -382,50 +382,67 @@ class Gated(layers.Layer):
 
 
 def later(what: str) -> list[str]:
-    """What two calls say, of which the first shows nothing."""
+    """What two calls say, of which the first shows nothing, and whether what they give is right."""
     x = torch.tensor(layer_cases.floats(6, 8), dtype=torch.float32)
+    said: list[list[str]] = []
+    given: list[list[np.ndarray]] = []
+    for share in (False, True):
+        keras.utils.clear_session(free_memory=False)
+        keras.utils.set_random_seed(3)
+        model, calls = case_of_later(what, x)
+        if share:
+            replicated(model, batch=2)
+        said.append([])
+        given.append([])
+        for call in calls:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", keras_tp.LayoutWarning)
+                try:
+                    given[-1].append(keras.ops.convert_to_numpy(call()))
+                except keras_tp.LayoutError as error:
+                    said[-1].append(f"error: {error}")
+                    continue
+            said[-1].append("".join(f"warning: {warning.message}" for warning in caught))
+    assert said[0] == ["", ""]
+    for one, many in zip(*given, strict=False):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
+    return said[1]
+
+
+def case_of_later(what: str, x: torch.Tensor) -> tuple[Any, list[Callable[[], Any]]]:
     model: Any
     if what == "zeros":
-        model = replicated(around(lambda: Centred(name="odd")), batch=2)
-        calls = [lambda: model(torch.zeros(6, 8)), lambda: model(x)]
-    elif what == "gate":
+        model = around(lambda: Centred(name="odd"))
+        return model, [lambda: model(torch.zeros(6, 8)), lambda: model(x)]
+    if what == "gate":
         odd = Gated(name="odd")
-        model = replicated(keras.Sequential([keras.Input((8,)), odd]), batch=2)
-        calls = [lambda: model(x), lambda: (odd.gate.assign(1.0), model(x))]
-    elif what == "lora":
+        model = keras.Sequential([keras.Input((8,)), odd])
+        return model, [lambda: model(x), lambda: (odd.gate.assign(1.0), model(x))[1]]
+    if what == "lora":
         dense = layers.Dense(4, name="odd")
-        model = replicated(keras.Sequential([keras.Input((8,)), dense]), batch=2)
-        calls = [lambda: model(x), lambda: (dense.enable_lora(2), model(x))]
-    else:
-        model = Switching()
-        model(x)
-        replicated(model, batch=2)
-        options: dict[str, Any] = {"mode": "pairs"} if what == "mode" else {"training": True}
-        calls = [lambda: model(x), lambda: model(x, **options)]
-    said = []
-    for call in calls:
-        try:
-            call()
-            said.append("")
-        except keras_tp.LayoutError as error:
-            said.append(str(error))
-    return said
+        model = keras.Sequential([keras.Input((8,)), dense])
+        return model, [lambda: model(x), lambda: (dense.enable_lora(2), model(x))[1]]
+    model = Switching()
+    model(x)
+    options: dict[str, Any] = {"mode": "pairs"} if what == "mode" else {"training": True}
+    return model, [lambda: model(x), lambda: model(x, **options)]
 
 
 @pytest.mark.parametrize(
-    ("what", "says"),
+    ("what", "kind", "says"),
     [
-        ("zeros", "/odd'."),
-        ("gate", "/odd'."),
-        ("lora", "odd/lora_kernel_a', "),
-        ("mode", "how the model joins"),
-        ("training", "/centred_to_train'."),
+        ("zeros", "warning", "/odd' mix"),
+        ("gate", "warning", "/odd' mix"),
+        ("lora", "error", "odd/lora_kernel_a', "),
+        ("mode", "error", "how the model joins"),
+        ("training", "warning", "/centred_to_train' mix"),
     ],
 )
-def test_what_the_first_batch_does_not_show(ranks: Any, what: str, says: str) -> None:
+def test_what_the_first_batch_does_not_show(ranks: Any, what: str, kind: str, says: str) -> None:
     """A batch of zeros to build it; a gate of zero; another way through the code; new weights."""
     for first, second in ranks(2)(later, what):
         assert first == ""
+        assert second.startswith(kind)
         assert says in second
 
 
@@ -672,7 +689,7 @@ def compiled() -> tuple[list[str], list[float]]:
     data = layer_cases.floats(6, 8), layer_cases.floats(6, 2)
     losses = []
     with real_float64(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", keras_tp.LayoutWarning)
         for share in (False, True):
             model = parity.build_seeded(centred)
             if share:
