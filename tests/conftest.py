@@ -13,6 +13,7 @@ from typing import Any
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import features
 import keras
 import matrix
 import pytest
@@ -39,7 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Draws the matrix, of the tests that passed, and writes its page where asked to."""
+    """Draws what the tests that passed have shown, and writes the matrix's page where asked to."""
+    noted = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for key, value in report.user_properties
+        if key == "feature"
+    ]
+    if noted:
+        terminalreporter.write_line(features.draw(noted))
     results: dict[str, dict[str, list[list[str]]]] = {}
     for report in terminalreporter.getreports("passed"):
         for key, value in report.user_properties:
