@@ -11,6 +11,7 @@ import keras
 
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import MeshShape
+from keras_tp.optimizers import price_of
 from keras_tp.patterns import match_paths
 from keras_tp.plans import Collective, Computation, LayerPlan, Plan, StylePlan, VariablePlan
 from keras_tp.problems import (
@@ -71,6 +72,8 @@ def make_plan(
         warnings.warn(sentence, LayoutWarning, stacklevel=3)
     notes = [*unused, *said, *_axes_in_words(plans, mesh, replicas)]
     notes += _full_reads(variables, plans)
+    if getattr(model, "optimizer", None) is not None and any(v.sharded for v in plans):
+        notes += [sentence for sentence in (price_of(model.optimizer),) if sentence]
     return Plan(mesh, tuple(plans), tuple(layers), tuple(notes), replicas)
 
 

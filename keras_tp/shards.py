@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,20 @@ class Shards:
         """Which shard `rank` stores: its index along each axis that cuts."""
         where = dict(zip(self.mesh.axes, self.mesh.coordinates(rank), strict=True))
         return tuple(where[axis.name] for axis, _ in self.cuts)
+
+    @cached_property
+    def counts(self) -> bool:
+        """Whether this rank is the first of those that store the same shard."""
+        cut = {axis.name for axis, _ in self.cuts}
+        here = self.mesh.coordinates(dist.get_rank())
+        return not any(
+            index for name, index in zip(self.mesh.axes, here, strict=True) if name not in cut
+        )
+
+    def add_up(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of `x` over all ranks of the job, in place. Collective: one all-reduce."""
+        dist.all_reduce(x)
+        return x
 
     def assembled(self, local: torch.Tensor) -> torch.Tensor:
         """The full value, put together from what every rank of the job stores.

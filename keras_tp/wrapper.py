@@ -27,9 +27,9 @@ from keras_tp.seam.layers import (
     variables_of,
     walk_layers,
 )
-from keras_tp.seam.optimizers import hook_optimizers
 from keras_tp.seam.rows import hook_random, hook_remat, share_statistics
 from keras_tp.seam.trials import try_before_compiling
+from keras_tp.seam.updates import hook_optimizers
 from keras_tp.seam.variables import (
     local_tensor,
     replicate_for_rows,

@@ -44,8 +44,10 @@ SEAM = {
     "seam.layers",
     "seam.optimizers",
     "seam.rows",
+    "seam.sharding",
     "seam.thrift",
     "seam.trials",
+    "seam.updates",
     "seam.variables",
     "seam.weights",
 }

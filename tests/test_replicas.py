@@ -248,7 +248,7 @@ def mixed(layer: str) -> tuple[list[str], float]:
 
     data = layer_cases.floats(7, 8), layer_cases.floats(7, 4)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", keras_tp.LayoutWarning)
+        warnings.simplefilter("always")
         report = parity.compare(build, {}, {"batch": 2}, data)
     said = [str(w.message) for w in caught if w.category is keras_tp.LayoutWarning]
     return said, report.worst()
@@ -689,7 +689,7 @@ def compiled() -> tuple[list[str], list[float]]:
     data = layer_cases.floats(6, 8), layer_cases.floats(6, 2)
     losses = []
     with real_float64(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", keras_tp.LayoutWarning)
+        warnings.simplefilter("always")
         for share in (False, True):
             model = parity.build_seeded(centred)
             if share:

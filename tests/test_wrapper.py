@@ -122,15 +122,22 @@ def test_integers_and_scalars_never_track_gradients(fake_ranks: Any) -> None:
     assert [tuple(local_tensor(v).shape) for v in slots] == [(8, 4)] * 2
 
 
+class Shrinking(keras.optimizers.SGD):
+    """Looks at gradients where shards of them arrive."""
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        return super().apply([g / (1 + g.norm()) for g in grads], trainable_variables)
+
+
 def test_an_optimizer_is_checked_only_where_something_is_sharded(fake_ranks: Any) -> None:
     """What shards refuse is nobody's business on another model of the same program."""
     fake_ranks(0, 2)
     apply(models.dense_stack(), models.DENSE_LAYOUT, 2)
     plain = models.dense_stack()
-    plain.compile(keras.optimizers.Lamb(), "mse")
+    plain.compile(Shrinking(), "mse")
     plain.train_on_batch(*models.dense_data())
     nothing_sharded = apply(models.dense_stack(), {}, 2)
-    nothing_sharded.compile(keras.optimizers.Adam(clipnorm=1.0), "mse")
+    nothing_sharded.compile(Shrinking(), "mse")
     nothing_sharded.train_on_batch(*models.dense_data())
 
 
@@ -214,10 +221,8 @@ def test_refusals_leave_the_model_untouched(fake_ranks: Any) -> None:
     )
     columns = layout_map({"s/e/kernel": (None, "model")}, axes)
     refused(transposed, "which it does not", plan=keras_tp.plan(multiplies, columns))
-    model.compile(keras.optimizers.Lamb(), "mse")
-    refused(model, "optimizer Lamb is not known", good)
-    model.compile(keras.optimizers.Adam(global_clipnorm=1.0), "mse")
-    refused(model, "global_clipnorm=1.0", good)
+    model.compile(Shrinking(), "mse")
+    refused(model, "optimizer Shrinking defines apply", good)
     model.compile("adam", "mse")
     permuted = keras.distribution.DeviceMesh((2,), ["model"], ["cpu:1", "cpu:2"])
     refused(model, r"stand for ranks \[1, 2\]", keras.distribution.LayoutMap(permuted))
@@ -229,14 +234,11 @@ def test_optimizers_made_later_are_checked_when_they_are_built(fake_ranks: Any) 
     """compile() after parallelize must not let in what parallelize refuses."""
     fake_ranks(0, 2)
     model = apply(models.dense_stack(), models.DENSE_LAYOUT, 2)
-    model.compile(keras.optimizers.Adam(clipnorm=1.0), "mse")
-    with pytest.raises(keras_tp.LayoutError, match=r"clipnorm=1\.0"):
+    model.compile(Shrinking(), "mse")
+    with pytest.raises(keras_tp.LayoutError, match="optimizer Shrinking defines apply"):
         model.train_on_batch(*models.dense_data())
     model.compile(keras.optimizers.Adam(), "mse")
     model.train_on_batch(*models.dense_data())
-    model.optimizer.clipnorm = 0.5
-    with pytest.raises(keras_tp.LayoutError, match=r"clipnorm=0\.5"):
-        model.train_on_batch(*models.dense_data())
 
 
 def test_twice_is_an_error(fake_ranks: Any) -> None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from types import SimpleNamespace
 from typing import Any
 
 import keras
-import torch
-from keras.src.backend.common.stateless_scope import in_stateless_scope
-from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-from keras_tp.optimizers import check_optimizer
-from keras_tp.seam.contexts import reading_shards
+from keras_tp.optimizers import inner_optimizers
 from keras_tp.seam.variables import (
     ShardedVariable,
-    become_sharded,
-    local_tensor,
     reshard_variable,
     shard_like,
     sharding_of,
@@ -29,6 +21,13 @@ def optimizer_variables(optimizer: Any) -> list[tuple[Any, Any | None]]:
     A slot stands in a list of the optimizer beside the variables it was built
     for, at its variable's place and with its shape.
     """
+    slot_of: dict[int, Any] = {}
+    for each in (optimizer, *inner_optimizers(optimizer)):
+        slot_of |= _slots_of(each)
+    return [(v, slot_of.get(id(v))) for v in optimizer.variables]
+
+
+def _slots_of(optimizer: Any) -> dict[int, Any]:
     references = optimizer._trainable_variables
     slot_of: dict[int, Any] = {}
     for name, values in vars(optimizer).items():
@@ -38,74 +37,7 @@ def optimizer_variables(optimizer: Any) -> list[tuple[Any, Any | None]]:
             for slot, reference in zip(values, references, strict=True):
                 if isinstance(slot, keras.Variable) and slot.shape == reference.shape:
                     slot_of[id(slot)] = reference
-    return [(v, slot_of.get(id(v))) for v in optimizer.variables]
-
-
-def hook_optimizers() -> None:
-    """Teaches Keras's optimizers to compute on the shards of sharded variables. Idempotent."""
-    if hasattr(BaseOptimizer.build, "_keras_tp"):
-        return
-    original_build = BaseOptimizer.build
-    original_apply = BaseOptimizer.apply
-    original_rate = BaseOptimizer._get_current_learning_rate
-    original_add = BaseOptimizer.add_variable_from_reference
-
-    @functools.wraps(original_build)
-    def build(self: Any, variables: Any) -> Any:
-        if any(isinstance(v, ShardedVariable) for v in variables):
-            check_optimizer(self)
-        return original_build(self, variables)
-
-    @functools.wraps(original_apply)
-    def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
-        if trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-        updated = trainable_variables or self._trainable_variables
-        if any(isinstance(v, ShardedVariable) for v in updated):
-            check_optimizer(self)  # again: its options may have been set since
-            adopt_slots(self)
-            grads = list(grads)
-            if not in_stateless_scope():
-                _check_gradients(grads, updated)
-        with reading_shards():
-            return original_apply(self, grads, trainable_variables)
-
-    @functools.wraps(original_rate)
-    def learning_rate(self: Any) -> Any:
-        with reading_shards(False):  # a schedule may look at weights
-            return original_rate(self)
-
-    @functools.wraps(original_add)
-    def add_variable_from_reference(
-        self: Any, reference_variable: Any, name: Any = None, initializer: Any = "zeros"
-    ) -> Any:
-        if not isinstance(reference_variable, ShardedVariable):
-            return original_add(self, reference_variable, name=name, initializer=initializer)
-        sharding = reference_variable._sharding
-        full_shape = reference_variable.shape
-        initializer = keras.initializers.get(initializer)
-        if not isinstance(initializer, keras.initializers.Constant | keras.initializers.Zeros):
-            initial = initializer
-
-            def initializer(shape: Any, dtype: Any = None) -> torch.Tensor:
-                return sharding.local(initial(full_shape, dtype=dtype))
-
-        like = SimpleNamespace(
-            path=reference_variable.path,
-            shape=sharding.local_shape,
-            dtype=reference_variable.dtype,
-        )
-        slot = original_add(self, like, name=name, initializer=initializer)
-        slot._shape = full_shape
-        _copy_layout(reference_variable, slot)
-        become_sharded(slot, sharding, slot._value.data)
-        return slot
-
-    build._keras_tp = True  # type: ignore[attr-defined]
-    BaseOptimizer.build = build
-    BaseOptimizer.apply = apply
-    BaseOptimizer._get_current_learning_rate = learning_rate
-    BaseOptimizer.add_variable_from_reference = add_variable_from_reference
+    return slot_of
 
 
 def adopt_slots(optimizer: Any, *, again: bool = False) -> None:
@@ -125,21 +57,11 @@ def adopt_slots(optimizer: Any, *, again: bool = False) -> None:
             shard_like(slot, reference)
         else:
             reshard_variable(slot, wanted)
-        _copy_layout(reference, slot)
+        copy_layout(reference, slot)
     vars(optimizer)["_keras_tp_sharded"] = sharded
 
 
-def _copy_layout(reference: Any, slot: Any) -> None:
+def copy_layout(reference: Any, slot: Any) -> None:
+    """Gives a slot the `keras.distribution` layout of its variable, if it has one."""
     if getattr(reference, "_layout", None) is not None:
         slot._layout = reference._layout
-
-
-def _check_gradients(grads: list[Any], variables: list[Any]) -> None:
-    # A full gradient would be broadcast over a shard of size one without a word.
-    for grad, variable in zip(grads, variables, strict=False):
-        wanted = tuple(local_tensor(variable).shape)
-        if grad is not None and tuple(grad.shape) != wanted:
-            raise ValueError(
-                f"the gradient of '{variable.path}' has shape {tuple(grad.shape)}, this rank's "
-                f"shard {wanted}. `variable.value.grad` is the gradient of the shard."
-            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,7 +14,6 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
-from keras_tp.layouts import Shape
 from keras_tp.seam.contexts import (
     current_replicas,
     in_call,
@@ -22,33 +21,8 @@ from keras_tp.seam.contexts import (
     reading_shards,
     reads_shards,
 )
+from keras_tp.seam.sharding import Sharding
 from keras_tp.seam.weights import FullWeight, was_written, write_error
-
-
-class Sharding(Protocol):
-    """What a sharded variable asks of `keras_tp.shards.Shards`."""
-
-    local_shape: Shape
-
-    def local(self, full: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a full value."""
-
-    def full(
-        self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None
-    ) -> torch.Tensor:
-        """The full value, gathered along the axes not in `keep`; on rows along `replicas`."""
-
-    def cut_along(self, axis: str) -> bool:
-        """Whether ranks along the axis store different parts."""
-
-    def distribute(self, full: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of the first rank's value."""
-
-    def assembled(self, local: torch.Tensor) -> torch.Tensor:
-        """The full value, gathered in another way, to compare with."""
-
-    def position(self, rank: int) -> tuple[int, ...]:
-        """Which shard `rank` stores."""
 
 
 def _renew(variable: Any) -> None:
@@ -143,7 +117,7 @@ class ShardedVariable(keras.Variable):
         _renew(self)
         if self._gathered is not None:
             self._gathered = {}
-        if self._stood_in is not None and not local:
+        if self._stood_in is not None and tuple(value.shape) == tuple(self._shape):
             with torch.no_grad():
                 self._stood_in.copy_(value)
 
