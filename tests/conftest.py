@@ -1,7 +1,8 @@
 """Fixtures: pools of real ranks, a fake group of virtual ones.
 
-Tests of real ranks run on one xdist worker, one after another, so that there is
-one pool of each size; the rest runs beside them.
+Tests of real ranks run in two groups, each on one xdist worker and one after another: the matrix
+of layers, and all others. So there are two pools of each size at most; a pool that waits for its
+ranks' messages leaves the cores to the other. The rest runs where there is room.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+            alone = item.path.stem == "test_layers"
+            item.add_marker(pytest.mark.xdist_group("layers" if alone else "ranks"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
