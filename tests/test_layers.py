@@ -62,7 +62,8 @@ def plain(name: str) -> tuple[parity.Case, parity.Run, list[tuple[str, tuple[int
     case = CASES[name]
     # Not of the model that is trained: some layers remember how often they were called.
     outputs = parity.build_seeded(case.build)(case.inputs)
-    trained = parity.Case(case.build, (case.inputs, floats(*outputs.shape)))
+    # Two steps: of the second, momentum and the weights that the first has left are part.
+    trained = parity.Case(case.build, (case.inputs, floats(*outputs.shape)), steps=2)
     model = parity.build_seeded(case.build)
     weights = [(w.path, tuple(w.shape)) for w in model.weights if "seed" not in w.path]
     return trained, parity.train(model, trained), weights

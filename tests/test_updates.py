@@ -34,13 +34,20 @@ class Centralized(keras.optimizers.Adam):
 
 
 class InPlace(keras.optimizers.SGD):
-    """Somebody's own, that writes into what it reads, and looks at all of it."""
+    """Somebody's own, that writes into what it reads, looks at all of it, and at a slot it has
+    read after it was assigned to: on torch it is one tensor."""
+
+    def build(self, variables: Any) -> None:
+        super().build(variables)
+        self.traces = self.add_optimizer_variables(variables, "trace")
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        weight = variable.value
+        slot = self.traces[self._get_variable_index(variable)]
+        weight, trace = variable.value, slot.value
+        self.assign_add(slot, 0.1 * gradient)
         norm = torch.linalg.vector_norm(weight)
         with torch.no_grad():
-            weight.sub_(float(learning_rate) * gradient / (1 + norm))
+            weight.sub_(float(learning_rate) * (gradient + trace) / (1 + norm))
 
 
 def small() -> Any:
@@ -259,27 +266,37 @@ def test_all_ranks_skip_a_step(ranks: Any, mesh: str, record_property: Any) -> N
 
 def precision(mesh: dict[str, int], policy: str) -> dict[str, Found]:
     x, y = models.transformer_data()
-    keras.config.set_dtype_policy(policy)
+
+    def build() -> Any:
+        keras.config.set_dtype_policy(policy)  # a new session begins without
+        return models.transformer()
+
     try:
         with parity.real_float64(policy == "float64"):
-            one, many = (parity.build_seeded(models.transformer) for _ in range(2))
-            layout = models.TRANSFORMER_LAYOUT if "model" in mesh else {"head/bias": ("batch",)}
+            one, many = (parity.build_seeded(build) for _ in range(2))
+            layout = (
+                models.TRANSFORMER_LAYOUT if "model" in mesh else {"head/kernel": ("batch", None)}
+            )
             keras_tp.parallelize(many, parity.layout_map(layout, mesh))
-            losses, scales = [], []
+            losses, outputs, scales = [], [], []
             for model in (one, many):
                 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
                 model.compile(keras.optimizers.Adam(1e-3), loss=loss)
+                outputs.append(model(x))
                 losses.append([float(model.train_on_batch(x, y)) for _ in range(5)])
-                scales.append(getattr(model.optimizer, "dynamic_scale", 1.0))
-            assert float(scales[0]) == float(scales[1])
-            assert losses[0][-1] < losses[0][0]  # it trains, so that there is something to see
-            gap = parity.difference(*losses)
+                scales.append(float(getattr(model.optimizer, "dynamic_scale", 1.0)))
+            compute = policy.removeprefix("mixed_")
+            assert {str(t.dtype) for t in outputs} == {f"torch.{compute}"}
+            assert scales[0] == scales[1]
+
+            wide = [t.detach().double().numpy() for t in outputs]
+            gap = max(parity.difference(*losses), parity.difference(*wide))
     finally:
         keras.config.set_dtype_policy("float32")
     if policy == "float64":
         return {policy: exact(gap)}
-    unit = {"mixed_bfloat16": 2**-8, "bfloat16": 2**-8, "mixed_float16": 2**-11}[policy]
-    return {policy: (gap, 5 * unit, f"a sum of shards rounds elsewhere, to {unit:.0e}")}
+    unit = 2.0 ** {"bfloat16": -8, "float16": -11}[compute]
+    return {policy: (gap, 5 * unit, f"sums of shards round elsewhere: 5 units of {compute}")}
 
 
 @pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16", "mixed_float16", "bfloat16"])

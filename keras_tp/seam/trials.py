@@ -39,7 +39,12 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
     buffers = {id(t): (t, t.clone()) for o in owners for t in o.layer.buffers()}
     losses = [(o.layer, o.layer._losses, o.layer._loss_ids) for o in owners]
     attributes = [(vars(o.layer), _attributes(o.layer)) for o in owners]
-    generators = [_state_setter(value) for _, kept in attributes for value in kept.values()]
+    generators = [
+        _state_setter(value)
+        for _, kept in attributes
+        for value in kept.values()
+        if _is_generator(value.__class__)
+    ]
     states = random.getstate(), np.random.get_state(), global_seed()
     try:
         for owner in owners:
@@ -75,18 +80,24 @@ def _attributes(layer: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(layer).items() if name not in _OURS}
 
 
-def _state_setter(value: Any) -> Callable[[], Any]:
-    """Sets a random generator to the state it is in now; of anything else, nothing."""
-    if isinstance(value, np.random.Generator):
-        bits, now = value.bit_generator, value.bit_generator.state
+_GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
+
+
+@functools.cache  # asked of every attribute of every layer; torch's own answer is slow
+def _is_generator(cls: type) -> bool:
+    return issubclass(cls, _GENERATORS)
+
+
+def _state_setter(generator: Any) -> Callable[[], Any]:
+    """Sets a random generator to the state it is in now."""
+    if isinstance(generator, np.random.Generator):
+        bits, now = generator.bit_generator, generator.bit_generator.state
         return lambda: setattr(bits, "state", now)
-    if isinstance(value, np.random.RandomState):
-        return functools.partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return functools.partial(value.setstate, value.getstate())
-    if isinstance(value, torch.Generator):
-        return functools.partial(value.set_state, value.get_state())
-    return lambda: None
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    return functools.partial(generator.set_state, generator.get_state())
 
 
 @contextlib.contextmanager
