@@ -62,6 +62,7 @@ ACT = {
     "data",
     "distribution_lib",
     "loaders",
+    "loops",
     "mesh",
     "places",
     "proof",
