@@ -57,8 +57,8 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     check_ranks(plan.mesh)
     initialize()
     check_devices([local_tensor(v) for v in variables])
-    made = [str(layout_of(v)) for v in variables]
-    check_plans(plan, optimizer, [*made, f"with check_batches={check_batches}"])
+    layouts = [str(layout_of(v)) for v in variables]
+    check_plans(plan, optimizer, [*layouts, f"with check_batches={check_batches}"])
     # From here on the model changes; what can be wrong with it has been looked at.
 
     mesh = torch_mesh(plan.mesh)
