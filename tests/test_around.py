@@ -320,6 +320,9 @@ def test_batches(ranks: Any, record_property: Any, mesh: str) -> None:
     """A mean of the means of unequal parts, of a loss or a metric; a sum of gradients divided by
     the replicas; weights that part from their rows, or masks from their steps; shuffles that
     differ; predictions in the order of the ranks, or of one replica's rows.
+
+    Seen to fail with averaged gradients, with those of weights cut along the batch axis left
+    unsummed, with metrics that are updated twice, and with outputs in another order.
     """
     answers = ranks(scripts.size_of(mesh))(batches, mesh, timeout=180)
     features.note(record_property, "batches", mesh, answers)
@@ -346,8 +349,11 @@ def on_four() -> dict[str, float]:
 
 
 def test_rows_that_do_not_come_out_even_on_four_replicas(ranks: Any) -> None:
-    """10 rows on 4 replicas are 3, 3, 2, 2; 3 rows leave one without, so that each computes all,
-    and a gradient of it that is summed is four times too large."""
+    """10 rows on 4 replicas are 3, 3, 2, 2; 3 rows leave one without, so that each computes all of
+    them, and gradients that are summed are four times too large.
+
+    Seen to fail with just that, and with averaged gradients.
+    """
     for found in ranks(4)(on_four):
         assert max(found.values()) < features.EXACT, found
 
@@ -379,6 +385,8 @@ def test_ranks_that_are_fed_other_batches_are_named(
     """Parts of different batches add up to nonsense, in silence: by the ranks of one replica (the
     first two, on the last mesh) to wrong outputs, by replicas to wrong gradients. Every rank
     raises, so that the job ends and none waits for another.
+
+    Seen to fail without `AgreedInputs`.
     """
     size = scripts.size_of(mesh)
     for stranger, what in ((1, "inputs"), (size - 1, "targets")):
@@ -412,7 +420,10 @@ def unchecked() -> tuple[dict[str, int], dict[str, int], float, str]:
 
 def test_the_comparison_of_batches_can_be_switched_off(ranks: Any) -> None:
     """A switch that leaves half of the checks on, and one that is off on one rank alone, which
-    the others wait for."""
+    the others wait for.
+
+    Seen to fail with targets that are compared in any case.
+    """
     for checked, without, gap, said in ranks(2)(unchecked):
         assert checked == {"all_reduce": 2}
         assert without == {}

@@ -69,13 +69,15 @@ def each_optimizer(mesh: str) -> dict[str, float]:
 def test_every_torch_optimizer_that_is_let_in(ranks: Any, record_property: Any, mesh: str) -> None:
     """The list of elementwise optimizers is a claim; and one that was made before `parallelize`
     would update weights that nobody reads any more.
+
+    Seen to fail with Adafactor in the list.
     """
-    answers = ranks(scripts.size_of(mesh))(each_optimizer, mesh)
+    answers = ranks(scripts.size_of(mesh))(each_optimizer, mesh, timeout=180)
     for found in answers:
         assert max(found.values()) < features.EXACT, found
     feature = f"{len(ELEMENTWISE)} optimizers of torch.optim"
     worst = [{feature: features.exact(max(found.values()))} for found in answers]
-    features.note(record_property, "batches", mesh, worst)
+    features.note(record_property, "loops", mesh, worst)
 
 
 class Whole(torch.optim.SGD):
