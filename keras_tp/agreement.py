@@ -24,15 +24,16 @@ from keras_tp.rows import Rows
 from keras_tp.seam.contexts import current_replicas, is_symbolic
 
 
-def check_plans(plan: Plan, optimizer: Any, made: list[str]) -> None:
+def check_plans(plan: Plan, optimizer: Any, others: list[str]) -> None:
     """Raises LayoutError on every rank if one has another plan or optimizer. Collective.
 
     Args:
         plan: what is to be done.
         optimizer: the model's, or None.
-        made: the layout that each variable was made with, if with one.
+        others: what else must be the same: the layout that each variable was made
+            with, if with one, and what the ranks will compare later.
     """
-    lines = [f"mesh {plan.mesh}", *map(str, plan.variables), *map(str, plan.layers), *made]
+    lines = [f"mesh {plan.mesh}", *map(str, plan.variables), *map(str, plan.layers), *others]
     built = getattr(optimizer, "built", False)
     lines.append(f"{type(optimizer).__name__}, {'with' if built else 'without'} slots")
     different = first_difference(lines)

@@ -67,6 +67,7 @@ def parallelize(
     plan: Plan | None = None,
     strict: bool = False,
     batch_axis: str | None = "batch",
+    check_batches: bool = True,
 ) -> Any:
     """Makes `model` compute tensor-parallel over the ranks of the job, in place.
 
@@ -92,6 +93,11 @@ def parallelize(
         layout_map: as for `keras_tp.plan`.
         plan: a plan of this model, instead of a layout map.
         strict, batch_axis: as for `keras_tp.plan`; not with a plan, which was made already.
+        check_batches: compare the 1st, 2nd, 4th, 8th, ... batch over the ranks: inputs, targets
+            and weights of samples. Each time it costs a checksum of the batch (on a GPU, a
+            copy of it to the host) and two small all-reduces. With False, ranks that are
+            fed different batches train nonsense, in silence. (What replicas read in
+            parts, of a DataLoader, is compared as it is read in any case.)
 
     Returns:
         `model`.
@@ -116,7 +122,7 @@ def parallelize(
             where="parallelize(model, plan=...)",
         )
     check_model(model)
-    return apply_plan(model, plan)
+    return apply_plan(model, plan, check_batches)
 
 
 def verify(
@@ -142,7 +148,7 @@ def verify(
     Args:
         model: a model that `keras_tp.parallelize` was given.
         batch: the model's inputs, or a tuple (x, y, ...) of which x is used; the
-            same on every rank, which is checked.
+            same on every rank, which is checked (but not after check_batches=False).
         training: how to call the model.
         tolerance: largest difference that counts as equal, by default 16 units
             of rounding of the dtype that a layer computes in, 4 of low precision:

@@ -12,6 +12,7 @@ from keras_tp.agreement import AgreedBatches, AgreedInputs, check_plans
 from keras_tp.all_rows import give_all_rows
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
+from keras_tp.loops import watch_torch_optimizers
 from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
@@ -45,7 +46,7 @@ from keras_tp.styles import GatheredOnUse, make_style
 from keras_tp.training import adopt_optimizer, share_random_state
 
 
-def apply_plan(model: Any, plan: Plan) -> Any:
+def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     """Carries out `plan` on `model`, in place; see `keras_tp.parallelize`. Collective."""
     owners = walk_layers(model)
     variables = variables_of(owners)
@@ -56,7 +57,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
     check_ranks(plan.mesh)
     initialize()
     check_devices([local_tensor(v) for v in variables])
-    check_plans(plan, optimizer, [str(layout_of(v)) for v in variables])
+    layouts = [str(layout_of(v)) for v in variables]
+    check_plans(plan, optimizer, [*layouts, f"with check_batches={check_batches}"])
     # From here on the model changes; what can be wrong with it has been looked at.
 
     mesh = torch_mesh(plan.mesh)
@@ -85,6 +87,8 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         if decided_layer.rows == "all":
             give_all_rows(owner.layer, False, True)
     adopt_optimizer(model, plan.mesh)
+    cut = [v for v, decided in zip(variables, plan.variables, strict=True) if decided.sharded]
+    watch_torch_optimizers((v.path, local_tensor(v)) for v in cut)
     if plan.batch_axis is not None:
         hook_random()
         hook_remat()
@@ -92,7 +96,7 @@ def apply_plan(model: Any, plan: Plan) -> Any:
         model.call = RowsCall(model, replicas, owners)
         feed_rows(model, replicas)
         try_before_compiling(model)
-    if dist.get_world_size() > 1:
+    if check_batches and dist.get_world_size() > 1:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)
     share_random_state()

@@ -6,6 +6,7 @@ hands what every rank found to `note`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ Found = tuple[float, float, str]
 
 def exact(difference: float) -> Found:
     return difference, EXACT, ""
+
+
+def classes_of(module: Any, base: type) -> set[str]:
+    """Names of the classes of a module of Keras, but for the one that all derive from."""
+    return {n for n, kind in vars(module).items() if inspect.isclass(kind)} - {base.__name__}
 
 
 def note(

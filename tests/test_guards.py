@@ -64,6 +64,7 @@ ACT = {
     "data",
     "distribution_lib",
     "loaders",
+    "loops",
     "mesh",
     "places",
     "proof",

@@ -177,7 +177,8 @@ def test_the_readme_program_for_keras_distribution_runs(tmp_path: Path) -> None:
     """
     readme = (ROOT / "README.md").read_text()
     program = tmp_path / "program.py"
-    program.write_text(readme.split("```python\n")[2].split("```")[0])
+    part = readme.split("## keras.distribution")[1]
+    program.write_text(part.split("```python\n")[1].split("```")[0])
     job = torchrun(str(program))
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("- loss: ") == 2

@@ -1,0 +1,67 @@
+"""What a user does with a model, done with a plain one and with a parallelized one, on one mesh.
+
+Every rank does both from one seed, so that all ranks are compared with one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import features
+import keras
+import numpy as np
+import parity
+
+import keras_tp
+
+# Gives what it sees, by name; what is a nest is compared leaf by leaf.
+Script = Callable[[Any], dict[str, Any]]
+Layout = Mapping[str, tuple[str | None, ...]]
+
+
+def size_of(mesh: str) -> int:
+    return int(np.prod(list(features.MESHES[mesh].values())))
+
+
+def layout_on(layout: Layout, mesh: str) -> Any:
+    """A LayoutMap of those axes that the mesh has; on the others, dims are left whole."""
+    axes = features.MESHES[mesh]
+    kept = {p: tuple(a if a in axes else None for a in entry) for p, entry in layout.items()}
+    return parity.layout_map(kept, axes)
+
+
+def both(
+    build: Callable[[], Any], layout: Layout, mesh: str, script: Script
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the script sees on one process, and the largest differences on the mesh, by name.
+
+    Compared besides: all weights, slots of the optimizer and state of metrics. Collective.
+    """
+    found = []
+    for parallelized in (False, True):
+        model = parity.build_seeded(build)
+        if parallelized:
+            keras_tp.parallelize(model, layout_on(layout, mesh))
+        keras.utils.set_random_seed(3)
+        found.append({**script(model), **state(model)})
+    one, many = found
+    assert list(one) == list(many)
+    return one, {name: difference(value, many[name]) for name, value in one.items()}
+
+
+def state(model: Any) -> dict[str, Any]:
+    """All that training has changed, whole, by kind. Collective."""
+    optimizer = getattr(model, "optimizer", None)
+    return {
+        "weights": list(keras_tp.full_weights(model).values()),
+        "slots": [] if optimizer is None else [v.numpy() for v in optimizer.variables],
+        "metrics": [v.numpy() for v in getattr(model, "metrics_variables", ())],
+    }
+
+
+def difference(one: Any, many: Any) -> float:
+    """The largest of two nests of arrays and numbers."""
+    keras.tree.assert_same_structure(one, many)
+    pairs = zip(keras.tree.flatten(one), keras.tree.flatten(many), strict=True)
+    return max((parity.difference(a, b) for a, b in pairs), default=0.0)

@@ -1,0 +1,128 @@
+"""Training loops of one's own with optimizers of torch's: right, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import features
+import keras
+import numpy as np
+import parity
+import pytest
+import scripts
+import torch
+from keras import layers
+from precision import real_float64
+
+import keras_tp
+from keras_tp.loops import ELEMENTWISE
+
+X = np.random.default_rng(1).standard_normal((5, 6))
+LAYOUT = {
+    ".*up/kernel": ("batch", "model"),
+    ".*up/bias": ("model",),
+    ".*down/kernel": ("model", None),
+}
+
+
+def small() -> Any:
+    return keras.Sequential(
+        [keras.Input((6,)), layers.Dense(8, "tanh", name="up"), layers.Dense(4, name="down")]
+    )
+
+
+def loop(model: Any, optimizer: Any) -> list[float]:
+    """The README's."""
+    losses = []
+    for x, y in ((torch.tensor(X[:n]), torch.tensor(X[:n, :4])) for n in (5, 3, 1)):
+        optimizer.zero_grad()
+        loss = ((model(x, training=True) - y) ** 2).mean() + sum(model.losses)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def each_optimizer(mesh: str) -> dict[str, float]:
+    found = {}
+    with real_float64():
+        for kind in ELEMENTWISE:
+            options = {} if kind in (torch.optim.Adadelta, torch.optim.Adagrad) else {"lr": 0.01}
+            options |= {"weight_decay": 0.1} if kind is not torch.optim.Rprop else {}
+            # Made before the model was parallelized; one that makes its state at once is then
+            # told by torch that it has another shape.
+            for before in (False, True) if kind is torch.optim.Adam else (False,):
+                seen = []
+                for parallelized in (False, True):
+                    model = parity.build_seeded(small)
+                    optimizer = kind(model.parameters(), **options)
+                    if parallelized:
+                        keras_tp.parallelize(model, scripts.layout_on(LAYOUT, mesh))
+                    if not before:
+                        optimizer = kind(model.parameters(), **options)
+                    seen.append([loop(model, optimizer), *keras_tp.full_weights(model).values()])
+                found[f"{kind.__name__} {'before' * before}"] = scripts.difference(*seen)
+    return found
+
+
+@pytest.mark.parametrize("mesh", features.MESHES)
+def test_every_torch_optimizer_that_is_let_in(ranks: Any, record_property: Any, mesh: str) -> None:
+    """The list of elementwise optimizers is a claim; and one that was made before `parallelize`
+    would update weights that nobody reads any more.
+
+    Seen to fail with Adafactor in the list.
+    """
+    answers = ranks(scripts.size_of(mesh))(each_optimizer, mesh, timeout=180)
+    for found in answers:
+        assert max(found.values()) < features.EXACT, found
+    feature = f"{len(ELEMENTWISE)} optimizers of torch.optim"
+    worst = [{feature: features.exact(max(found.values()))} for found in answers]
+    features.note(record_property, "loops", mesh, worst)
+
+
+class Whole(torch.optim.SGD):
+    """A user's; what it does nobody knows."""
+
+
+def refused() -> tuple[dict[str, str], bool]:
+    """What is said of other optimizers, of shards and of whole weights, and if one may insist."""
+    kinds = [k for k in vars(torch.optim).values() if isinstance(k, type)]
+    kinds = [k for k in kinds if issubclass(k, torch.optim.Optimizer) and k not in ELEMENTWISE]
+    told = {}
+    for axes, layout in (({"model": 2}, {".*up/kernel": (None, "model")}), ({"batch": 2}, {})):
+        for kind in [*kinds, Whole]:
+            if kind in (torch.optim.Optimizer, torch.optim.SparseAdam):
+                continue
+            model = parity.build_seeded(small)
+            keras_tp.parallelize(model, parity.layout_map(layout, axes))
+            weights = [p for p in model.parameters() if p.dim() == 2]  # Muon takes no others
+            optimizer = kind(weights, lr=0.01)
+            ((model(torch.tensor(X).float())) ** 2).mean().backward()
+            try:
+                optimizer.step(lambda: 0.0) if kind is torch.optim.LBFGS else optimizer.step()
+                said = "stepped"
+            except keras_tp.LayoutError as error:
+                said = str(error)
+            told[f"{kind.__name__} on {next(iter(axes))}"] = said
+            if kind is Whole and layout:
+                before = keras_tp.full_weights(model)
+                optimizer.elementwise = True
+                optimizer.step()
+                after = keras_tp.full_weights(model)
+    return told, any((before[path] != after[path]).any() for path in before)
+
+
+def test_torch_optimizers_that_look_at_whole_weights_are_refused(ranks: Any) -> None:
+    """Adafactor's moments, Muon's orthogonal updates and the products of LBFGS, of shards: other
+    numbers, and in silence. Of whole weights they are those of one process.
+    """
+    for told, moved in ranks(2)(refused):
+        assert {"Adafactor on model", "LBFGS on model", "Whole on model"} <= set(told)
+        for name, said in told.items():
+            if name.endswith("model"):
+                assert "is not known to update every element alone" in said, name
+                assert "1 of the weights" in said
+                assert "'sequential/up/kernel'" in said
+            else:
+                assert said == "stepped", name
+        assert moved
