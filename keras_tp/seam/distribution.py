@@ -127,6 +127,11 @@ def uninstall() -> None:
             setattr(owner, name, before)
 
 
+def is_installed() -> bool:
+    """Whether Keras has its work done by `install`."""
+    return bool(_PATCHED)
+
+
 def _check_keras() -> None:
     wanted = [
         (backend, "distribution_lib"),
