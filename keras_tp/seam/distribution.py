@@ -22,7 +22,8 @@ where Keras keeps a layout, until 3.14 on JAX alone, and
 `Optimizer.add_variable_from_reference` hands it on.
 
 What layers and optimizers need to work with sharded variables (`hook_layers`,
-`hook_optimizers`) is made with the first one, and stays.
+`hook_optimizers`) is made with the first one, and stays, as do what saving and callbacks
+need (`hook_saving`, `hook_callbacks`).
 """
 
 from __future__ import annotations
