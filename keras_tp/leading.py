@@ -58,13 +58,21 @@ def held_together(model: Any) -> bool:
 def lead(model: Any, work: Callable[[], Any], *, watch: bool = False) -> Any:
     """What `work()` gives on the first rank, which alone does it; None on the others.
 
-        Collective: one small broadcast, and one more with the gathers of each
-        variable that `work` reads. Within another `lead`, which the first rank alone
-        can be, it is `work()`.
+    Collective: one small broadcast, and one more with the gathers of each
+    variable that `work` reads. Within another `lead`, which the first rank alone
+    can be, it is `work()`.
 
-        Args:
-            model: held by all ranks together; `work` may read its variables and
-    XX"""
+    Args:
+        model: held by all ranks together; `work` may read its variables and
+            those of its optimizer, in full, and load weights into it.
+        work: must not compute with the model, for which the others would be needed.
+        watch: whether to look if `work` assigns to variables, which the others
+            would not learn of.
+
+    Raises:
+        Exception: on every rank, what `work` raises on the first.
+        LayoutError: on every rank, if `work` computes with the model, or assigns.
+    """
     if current_leader() is not None:
         return work()
     if dist.get_rank() > 0:
@@ -96,9 +104,9 @@ class Leader:
         self.loaded = False
         self.numbers: dict[int, int] = {}
 
-    def versions(self) -> dict[str, int]:
-        """Of each variable, by path, a number that grows with each assignment."""
-        return {v.path: version_of(local_tensor(v)) for v in _variables(self.model)}
+    def versions(self) -> dict[int, tuple[str, int]]:
+        """Of each variable its path, and a number that grows with each assignment."""
+        return {id(v): (v.path, version_of(local_tensor(v))) for v in _variables(self.model)}
 
     def announce_read(self, variable: Any) -> None:
         """Has the others take part in a gather of `variable`. One small broadcast."""
@@ -173,8 +181,10 @@ def _sharded(model: Any) -> list[Any]:
     return [v for v in _variables(model) if sharding_of(v) is not None]
 
 
-def _check_unassigned(before: dict[str, int], after: dict[str, int]) -> None:
-    assigned = [path for path, version in after.items() if before.get(path, version) != version]
+def _check_unassigned(
+    before: dict[int, tuple[str, int]], after: dict[int, tuple[str, int]]
+) -> None:
+    assigned = [found[0] for key, found in after.items() if before.get(key, found) != found]
     if assigned:
         raise LayoutError(
             f"it assigns to '{assigned[0]}', which the other ranks do not learn of. {_ALONE} "
