@@ -16,7 +16,7 @@ import keras
 import torch.distributed as dist
 
 from keras_tp.agreement import first_difference
-from keras_tp.collectives import broadcast_object, gather_numbers
+from keras_tp.collectives import anywhere, broadcast_object
 from keras_tp.errors import LayoutError
 from keras_tp.files import FileWork
 from keras_tp.leading import held_together, lead
@@ -76,9 +76,9 @@ def attendance(model: Any, callbacks: list[Any]) -> Attendance | None:
 class AllRanks:
     """Has all ranks tell one list of callbacks alike; see `keras_tp.seam.callbacks.Attendance`.
 
-    Collective to make: two small all-reduces or all-gathers. So is each batch, if
-    any rank has callbacks (one small all-gather), each end of an epoch (two
-    small broadcasts), and each event that a callback which writes files listens to.
+    Collective to make: two small all-reduces. So is each batch, if any rank has
+    callbacks (one), each end of an epoch (two small broadcasts), and each event
+    that a callback which writes files listens to.
 
     Args:
         model: held by all ranks together.
@@ -102,7 +102,7 @@ class AllRanks:
                 "callbacks of Keras's: files are written by the first rank alone in any case.",
                 where="these callbacks",
             )
-        self.stop_together = any(count for (count,) in gather_numbers([len(given)]))
+        self.stop_together = anywhere(bool(given))
 
     def attend(self, event: str, given: dict[str, Any], tell: Callable[[list[Any]], None]) -> None:
         """Tells them, and agrees on what comes of it."""
@@ -123,8 +123,7 @@ class AllRanks:
 
     def _stop_together(self, attribute: str) -> None:
         # A clock, say, stops one rank before another.
-        wanted = gather_numbers([bool(getattr(self.model, attribute, False))])
-        if any(stop for (stop,) in wanted):
+        if anywhere(bool(getattr(self.model, attribute, False))):
             setattr(self.model, attribute, True)
 
 

@@ -17,7 +17,7 @@ import keras
 import torch
 import torch.distributed as dist
 
-from keras_tp.collectives import broadcast_object, control_device, gather_numbers
+from keras_tp.collectives import anywhere, broadcast_object, control_device
 from keras_tp.errors import LayoutError
 from keras_tp.seam.contexts import current_leader, led_by
 from keras_tp.seam.distribution import distribution_of, is_installed
@@ -206,7 +206,7 @@ def _hear() -> tuple[int, int]:
 
 def _gather_failures(failure: Exception | None) -> list[tuple[int, str]]:
     """The ranks that failed, each with what it says. Collective."""
-    if not any(failed for (failed,) in gather_numbers([failure is not None])):
+    if not anywhere(failure is not None):
         return []
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, None if failure is None else repr(failure))
