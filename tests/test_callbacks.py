@@ -27,6 +27,7 @@ import numpy as np
 import parity
 import pytest
 import torch.distributed as dist
+from counting import Collectives
 from features import MESHES, exact
 from keras import callbacks, layers
 from keras.saving import save_model  # by name, before anything is parallelized
@@ -525,6 +526,37 @@ def test_ranks_that_find_otherwise_go_on_alike(ranks: Any) -> None:
     assert rows == 4
     assert kind == "LayoutError"
     assert "rank 0 has TerminateOnNaN where rank 1 has nothing" in message
+
+
+def counting(folder: str) -> list[dict[str, int]]:
+    x, y = data()
+    model = made({"model": 2})
+    # The 16th batch is compared, and then the 32nd.
+    model.fit(x[:18], y[:18], batch_size=1, epochs=1, verbose=0)
+    counts = []
+    for given in (
+        None,
+        [callbacks.LambdaCallback()],
+        [callbacks.CSVLogger(f"{folder}/log.csv")],
+        [callbacks.ModelCheckpoint(f"{folder}/" + "{epoch}.keras", initial_value_threshold=0.0,
+                                   save_best_only=True, monitor="loss", mode="min")],
+    ):  # fmt: skip
+        with Collectives() as counted:
+            model.fit(x[:4], y[:4], batch_size=2, verbose=0, callbacks=given)
+        counts.append(counted)
+    return [dict((more - counts[0]).items()) for more in counts[1:]]
+
+
+def test_what_callbacks_cost(ranks: Any, tmp_path: Path) -> None:
+    """A collective too many for each batch is slow and right. Here of two batches and one epoch."""
+    for own, logger, checkpoint in ranks(2)(counting, str(tmp_path)):
+        # Whether to stop, three times; where training begins, which is two broadcasts.
+        assert own == {"all_reduce": 3, "broadcast": 2}
+        # And three events.
+        assert logger == {"all_reduce": 3, "broadcast": 2 + 3}
+        # And each batch, the epoch, and where it begins: nothing is saved, and no weight read.
+        assert checkpoint == {"all_reduce": 3, "broadcast": 2 + 4}
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
 class Predicts(callbacks.ModelCheckpoint):
