@@ -592,20 +592,28 @@ def derived(folder: str) -> list[tuple[str, str]]:
         model = made({"model": 2})
         checkpoint = cls(f"{folder}/a.keras")
         told.append(error_of(lambda: model.fit(x, y, verbose=0, callbacks=[checkpoint])))  # noqa: B023
-    return told
+    with contextlib.chdir(Path(folder) / str(dist.get_rank())):  # each on a disk of its own
+        for kept in (True, False):
+            restore = callbacks.BackupAndRestore("backup", delete_checkpoint=not kept)
+            last = error_of(lambda: model.fit(x, y, verbose=0, callbacks=[restore]))  # noqa: B023
+    return [*told, last]
 
 
 def test_what_a_callback_of_the_first_rank_cannot_do_is_told(ranks: Any, tmp_path: Path) -> None:
     """A subclass of ModelCheckpoint that predicts waits for ranks that do not; what it assigns is
     one rank's alone."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
     first, second = ranks(2)(derived, str(tmp_path))
     assert first == second
-    predicts, assigns, reads, another = first
+    predicts, assigns, reads, another, restores = first
     assert "it computes with the model" in predicts[1]
     assert "it assigns to 'adam/learning_rate'" in assigns[1]
     assert reads == ("", "nothing raised")
     assert "no part of 'sequential" in another[1]
     assert (tmp_path / "a.txt").read_text() == "0"
+    assert restores[0] == "OSError"
+    assert "rank 1 cannot load 'backup/latest.weights.h5'" in restores[1]
 
 
 class Summary:
@@ -647,6 +655,7 @@ def boarding(axes: dict[str, int], folder: str) -> list[list[str]]:
     x, y = (a.astype("float32") for a in data())
     found = []
     for kind, where in runs(axes, folder):
+        model = made(kind)  # which looks whether there is a TensorFlow, to seed it
         summary = Summary()
         fake = types.ModuleType("tensorflow")
         fake.summary = summary  # type: ignore[attr-defined]
@@ -666,7 +675,6 @@ def boarding(axes: dict[str, int], folder: str) -> list[list[str]]:
             board = callbacks.TensorBoard(
                 where / "logs", histogram_freq=1, write_images=True, update_freq="batch"
             )
-            model = made(kind)
             model.fit(x, y, epochs=2, verbose=0, validation_data=(x, y), callbacks=[board])
             model.evaluate(x, y, verbose=0, callbacks=[board])
         finally:
