@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_tp import creation, distribution_lib
+from keras_tp.callbacks import act_together
 from keras_tp.collectives import Axis
 from keras_tp.distributions import differences, plan_of
 from keras_tp.errors import LayoutError, LayoutWarning
@@ -28,6 +29,7 @@ class DistributionWork:
 
     def prepare(self, distribution: Any) -> None:
         creation.prepare(distribution)
+        act_together()  # a model may be saved before it is planned
 
     def place(self, variable: Any, role: Role, own: bool) -> None:
         creation.place(variable, role, own)

@@ -200,6 +200,13 @@ def all_equal(digest: bytes) -> bool:
     return ends.tolist() == [number, -number]
 
 
+def anywhere(holds: bool) -> bool:
+    """Whether `holds` is true on any rank of the job (a small all-reduce)."""
+    found = torch.tensor(int(holds), device=control_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def control_device() -> torch.device:
     """Where tensors must be that tell ranks about each other, given the group's backend."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -10,6 +10,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from keras_tp.agreement import AgreedBatches, AgreedInputs, check_plans
 from keras_tp.all_rows import give_all_rows
+from keras_tp.callbacks import act_together
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
 from keras_tp.loops import watch_torch_optimizers
@@ -64,6 +65,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     mesh = torch_mesh(plan.mesh)
     hook_layers()
     hook_optimizers()
+    act_together()
     for variable, decided in zip(variables, plan.variables, strict=True):
         _store(variable, Shards(plan.mesh, decided.placements, decided.shape))
         if plan.batch_axis is not None and not decided.sharded:

@@ -181,5 +181,5 @@ def test_the_readme_program_for_keras_distribution_runs(tmp_path: Path) -> None:
     program.write_text(part.split("```python\n")[1].split("```")[0])
     job = torchrun(str(program))
     assert job.returncode == 0, job.stderr
-    assert job.stdout.count("- loss: ") == 2
+    assert job.stdout.count("- loss: ") == 1  # the first rank's
     assert job.stdout.count("(128, 256)") == 2

@@ -18,10 +18,12 @@ import numpy as np
 import parity
 import pytest
 import torch
+import torch.distributed as dist
 from keras import layers, ops
 from torch.utils.checkpoint import checkpoint
 
 import keras_tp
+from keras_tp.collectives import broadcast_object
 from keras_tp.seam.variables import ShardedVariable, local_tensor
 from keras_tp.seam.weights import FullWeight
 
@@ -201,8 +203,13 @@ def lora_in_a_file(shard: Shard) -> Any:
     shard(model, {".*d/kernel": (None, "model"), ".*lora_kernel_b": (None, "model")})
     # Its merged kernel (4, 2) is read outside any call; a shard would be (4, 1).
     with tempfile.TemporaryDirectory() as folder:
-        model.save(f"{folder}/model.keras")
-        return keras.models.load_model(f"{folder}/model.keras")(floats(3, 4))
+        # A plain model is this rank's own affair, a parallelized one that of all.
+        together = any(isinstance(v, ShardedVariable) for v in model.variables)
+        path = broadcast_object(f"{folder}/model.keras") if together else f"{folder}/model.keras"
+        model.save(path)
+        output = keras.models.load_model(path)(floats(3, 4))
+        dist.barrier()  # then the folder goes
+        return output
 
 
 def quantized(shard: Shard) -> Any:

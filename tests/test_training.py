@@ -198,7 +198,7 @@ def files(folder: str) -> list[float]:
     gaps += [
         parity.difference(a, b) for a, b in zip(one.get_weights(), later.get_weights(), strict=True)
     ]
-    again = Path(folder) / f"again{dist.get_rank()}.weights.h5"
+    again = Path(folder) / "again.weights.h5"  # of all ranks
     later.save_weights(again)
     plain = parity.build_seeded(models.dense_stack, seed=10)
     plain.load_weights(again)

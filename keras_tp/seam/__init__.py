@@ -32,6 +32,9 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
   `fit`, `evaluate`, `predict` and validation alike, and reads torch's batches by the
   adapter's `get_torch_dataloader`. `hook_data` wraps the first; with a distribution of
   several processes set, it refuses all but `tf.data`.
+- How files come to be written is told in `saving.py`, how callbacks are told of what happens in
+  `callbacks.py`. Both are hooked once, with the first model that is parallelized or made under a
+  distribution, and do as before for all models that the ranks do not hold together.
 - What `keras_tp.enable` puts into Keras, and takes out again, is told in `distribution.py`.
 - Symbolic calls run in a `StatelessScope` and a `SymbolicScope`, mostly on the
   meta device.

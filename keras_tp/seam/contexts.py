@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +78,48 @@ def on_rows_of(replicas: Replicas | None) -> Iterator[None]:
         yield
     finally:
         global_state.set_global_attribute(_REPLICAS, before)
+
+
+class Leader(Protocol):
+    """What Keras's side asks of `keras_tp.leading.Leader`, while the first rank works alone.
+
+    Attributes:
+        model: what the other ranks hold their shards of.
+    """
+
+    model: Any
+
+    def announce_read(self, variable: Any) -> None:
+        """The shards of a variable are about to be gathered."""
+
+    def load(self, path: Any, options: dict[str, Any], load: Callable[[], None]) -> None:
+        """The weights in a file are to be loaded into the model, here by `load`."""
+
+
+_LEADER = "keras_tp_leader"
+
+
+def current_leader() -> Leader | None:
+    """On the first rank, while it works alone and the others follow; else None."""
+    return global_state.get_global_attribute(_LEADER)
+
+
+@contextlib.contextmanager
+def led_by(leader: Leader | None) -> Iterator[None]:
+    """While open, `leader` is told what the other ranks must take part in; None for nobody."""
+    before = current_leader()
+    global_state.set_global_attribute(_LEADER, leader)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_LEADER, before)
+
+
+def announce_read(variable: Any) -> None:
+    """Tells the leader, if there is one, that the shards of a variable are about to be gathered."""
+    leader = current_leader()
+    if leader is not None:
+        leader.announce_read(variable)
 
 
 def in_call() -> bool:

@@ -22,7 +22,8 @@ where Keras keeps a layout, until 3.14 on JAX alone, and
 `Optimizer.add_variable_from_reference` hands it on.
 
 What layers and optimizers need to work with sharded variables (`hook_layers`,
-`hook_optimizers`) is made with the first one, and stays.
+`hook_optimizers`) is made with the first one, and stays, as do what saving and callbacks
+need (`hook_saving`, `hook_callbacks`).
 """
 
 from __future__ import annotations
@@ -125,6 +126,11 @@ def uninstall() -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
+
+
+def is_installed() -> bool:
+    """Whether Keras has its work done by `install`."""
+    return bool(_PATCHED)
 
 
 def _check_keras() -> None:

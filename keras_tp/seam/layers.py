@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +112,19 @@ def overrides_build(layer: Any) -> bool:
 
 
 _PARALLELIZED = "_keras_tp_parallelized"
+_PART = "_keras_tp_part"
 
 
 def mark_parallelized(model: Any, plan: Any) -> None:
     """Remembers that `model` was parallelized, even where nothing of it is sharded."""
     vars(model)[_PARALLELIZED] = plan
+    for owner in walk_layers(model):
+        vars(owner.layer)[_PART] = True
+
+
+def is_part(layer: Any) -> bool:
+    """Whether `layer` is a model that was parallelized, or was in one."""
+    return _PART in vars(layer)
 
 
 def plan_carried_out(model: Any) -> Any:
@@ -132,6 +141,19 @@ def parallelized_part(model: Any) -> str | None:
             if isinstance(variable, ShardedVariable) and not awaits_plan(variable):
                 return variable.path
     return None
+
+
+@contextlib.contextmanager
+def calling(model: Any, call: Callable[..., Any]) -> Iterator[None]:
+    """While open, `call` is done in place of the call of `model`."""
+    attributes = vars(model)
+    before = {"call": attributes["call"]} if "call" in attributes else {}
+    attributes["call"] = call
+    try:
+        yield
+    finally:
+        del attributes["call"]
+        attributes.update(before)
 
 
 def observe_loss(model: Any, observe: Callable[[Any, Any], None]) -> None:

@@ -15,6 +15,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_tp.seam.contexts import (
+    announce_read,
     current_replicas,
     in_call,
     is_symbolic,
@@ -85,6 +86,7 @@ class ShardedVariable(keras.Variable):
 
     def full(self, keep: Collection[str] = ()) -> torch.Tensor:
         """The full value, gathered along every axis not in `keep`; differentiable. Collective."""
+        announce_read(self)
         replicas = current_replicas()
         along = None if replicas is None else replicas.axis
         local = self._maybe_autocast(self._value if replicas is None else replicas.own(self))
@@ -123,6 +125,7 @@ class ShardedVariable(keras.Variable):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The full value (collective): what `numpy()`, `get_weights` and saving read."""
+        announce_read(self)
         with torch.no_grad():
             array = backend.convert_to_numpy(self._sharding.full(self._value))
         return array if dtype is None else array.astype(dtype)

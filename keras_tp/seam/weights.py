@@ -152,6 +152,11 @@ def was_written(weight: torch.Tensor) -> bool:
         return not weight.is_inference() and weight._version > 0
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """A number that grows whenever something is written into `tensor`."""
+    return tensor._version
+
+
 def _only_read(result: Any, sources: Collection[torch.Tensor], path: str, name: str) -> Any:
     """The result of torch's `name`, in which the memory of `sources` cannot be written."""
     if any(map(was_written, sources)):
