@@ -13,7 +13,7 @@ from keras_tp.all_rows import give_all_rows
 from keras_tp.callbacks import act_together
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
-from keras_tp.loops import watch_torch_optimizers
+from keras_tp.loops import watch_loops
 from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
@@ -90,7 +90,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
             give_all_rows(owner.layer, False, True)
     adopt_optimizer(model, plan.mesh)
     cut = [v for v, decided in zip(variables, plan.variables, strict=True) if decided.sharded]
-    watch_torch_optimizers((v.path, local_tensor(v)) for v in cut)
+    watch_loops((v.path, local_tensor(v), sharding_of(v)) for v in cut)  # type: ignore[misc]
     if plan.batch_axis is not None:
         hook_random()
         hook_remat()

@@ -13,6 +13,7 @@ import scripts
 import torch
 from keras import layers
 from precision import real_float64
+from torch.nn.utils import clip_grad_norm_
 
 import keras_tp
 from keras_tp.loops import ELEMENTWISE
@@ -126,3 +127,45 @@ def test_torch_optimizers_that_look_at_whole_weights_are_refused(ranks: Any) -> 
             else:
                 assert said == "stepped", name
         assert moved
+
+
+# Imported before anything is parallelized, as scripts do.
+CLIPS = {
+    "2": lambda p: torch.nn.utils.clip_grad_norm_(p, 0.05),
+    "3, one by one": lambda p: clip_grad_norm_(p, 0.05, norm_type=3.0, foreach=False),
+    "inf": lambda p: clip_grad_norm_(p, 0.01, norm_type=torch.inf),
+    "get_total_norm": lambda p: torch.nn.utils.get_total_norm([t.grad for t in p]),
+}
+
+
+def clipped(mesh: str) -> dict[str, features.Found]:
+    found = {}
+    with real_float64():
+        one, many = (parity.build_seeded(small) for _ in range(2))
+        keras_tp.parallelize(many, scripts.layout_on(LAYOUT, mesh))
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (one, many)]
+        for name, clip in CLIPS.items():
+            norms = []
+            for model, optimizer in zip((one, many), optimizers, strict=True):
+                optimizer.zero_grad()
+                (
+                    (model(torch.tensor(X), training=True) - torch.tensor(X[:, :4])) ** 2
+                ).mean().backward()
+                norms.append(clip(list(model.parameters())).item())
+                optimizer.step()
+            weights = [list(keras_tp.full_weights(m).values()) for m in (one, many)]
+            gap = max(map(parity.difference, *weights))
+            found[f"clip by norm: {name}"] = features.exact(max(gap, parity.difference(*norms)))
+        for p in many.parameters():
+            p.grad.fill_(torch.nan)
+        with pytest.raises(RuntimeError, match="non-finite"):
+            clip_grad_norm_(many.parameters(), 1.0, error_if_nonfinite=True)
+    return found
+
+
+@pytest.mark.parametrize("mesh", features.MESHES)
+def test_clipping_by_norm(ranks: Any, record_property: Any, mesh: str) -> None:
+    """Each rank clipped by the norm of its shards, so that replicated weights drifted apart; a
+    weight that two ranks store must count once."""
+    answers = ranks(scripts.size_of(mesh))(clipped, mesh)
+    features.note(record_property, "loops", mesh, answers)
