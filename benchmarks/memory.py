@@ -9,16 +9,21 @@ The demo's transformer, 20 steps of Adam, on the meshes of MESHES. What should b
                                     rank measures it first, with plain Keras
     temporaries of the update       as many times the parameters as in one process
 
-Activations are what the peak of forward and backward has beyond the first line. (When
-backward begins, the last step's gradients are gone, so that this is a little less than all.)
+Activations are what the peak of forward and backward has beyond the first line. (The last
+step's gradients are there until forward is done: only then does Keras let go of them.)
 Lines that start with ">" say what the peak is made of. All is counted in bytes of
 live storages (`live.py`) over steps 5 to 20, 8 and 16 of which also check the ranks and rows.
 
-"Garbage" is what the peaks leave out: what only Python's garbage collector frees, after a step
-without it. (Keras walks nests with local functions that refer to themselves, and so holds on
-to what layers are given, with keras_tp and without.) Growth is what the end of step 20 has
-more than that of step 5; of resident memory (RSS) as well, now and at most, which the
-allocator and Python decide.
+Two kinds of them are keras_tp's own, marked (a) and (b), and a row says what the peak is without:
+
+    (a)  what a row layer cuts off its whole input. A Functional model holds on to every layer's
+         output until its call ends, so that both are there.
+    (b)  weights that are gathered on use: autograd holds on to them until backward.
+
+Growth is what the end of step 20 has more than that of step 5; of resident memory (RSS) as
+well, now and at most, which the allocator and Python decide. What awaits Python's garbage
+collector is left out everywhere. (Keras walks nests with local functions that refer to
+themselves, and so holds on to what layers were given, with keras_tp and without.)
 
 The exit status is 1 if parameters, gradients or slots are not what they should be, or if live
 bytes grow. A peak that is more than 5 % too high is marked.
@@ -45,7 +50,7 @@ import keras
 import numpy as np
 import running
 import torch.distributed as dist
-from live import Live
+from live import GATHERED, SLICES, Live
 
 from keras_tp.examples.train_transformer import BYTES, layout_map, transformer
 from keras_tp.seam.variables import local_tensor
@@ -68,7 +73,6 @@ MESHES = {
 
 # Names of rows to attributes of `Memory`.
 OVER_STEPS = {
-    "garbage of a step": "garbage",
     f"growth, steps {EARLY} to {STEPS}": "growth",
     "growth of RSS": "resident",
     "growth of the peak of RSS": "resident_peak",
@@ -92,7 +96,6 @@ class Memory:
         kept: between steps: parameters, gradients, slots.
         peak, update: at most, in forward and backward, and in the optimizer's update.
         made: what there is at the first of these peaks, by who made it.
-        garbage: what the garbage collector finds after a step, at most.
         growth: of live bytes from step 5 to step 20.
         resident, resident_peak: growth of RSS, and of its peak.
     """
@@ -101,7 +104,6 @@ class Memory:
     peak: int
     update: int
     made: Counter[str]
-    garbage: int
     growth: int
     resident: int
     resident_peak: int
@@ -136,14 +138,13 @@ def train(options: argparse.Namespace, model: Any, rows: int) -> Memory:
     model.fit(x[:first], y[:first], **fit)
     parameters = [local_tensor(v) for v in model.variables]
     slots = [local_tensor(v) for v in model.optimizer.variables]
-    seen: list[tuple[int, int, int, int]] = []
+    seen: list[tuple[int, int, int]] = []
 
     def look(step: int) -> None:
         time.sleep(0.05)  # gloo's threads let go of what they have sent a moment later
-        before = live.now()
         gc.collect()
         live.note(gradients_of(parameters), "gradients")  # they were made in backward
-        seen.append((before - live.now(), live.now(), resident("VmRSS"), resident("VmHWM")))
+        seen.append((live.now(), resident("VmRSS"), resident("VmHWM")))
 
     live = Live(parameters=parameters, gradients=gradients_of(parameters), slots=slots)
     with live:
@@ -153,11 +154,8 @@ def train(options: argparse.Namespace, model: Any, rows: int) -> Memory:
         "gradients": bytes_of(gradients_of(parameters)),
         "Adam slots": bytes_of(slots),
     }
-    garbage = max(found for found, *_ in seen)
-    growth = [b - a for a, b in zip(seen[0][1:], seen[-1][1:], strict=True)]
-    return Memory(
-        kept, live.peaks["step"], live.peaks["update"], live.at_peak["step"], garbage, *growth
-    )
+    growth = [b - a for a, b in zip(seen[0], seen[-1], strict=True)]
+    return Memory(kept, live.peaks["step"], live.peaks["update"], live.at_peak["step"], *growth)
 
 
 def gradients_of(parameters: list[Any]) -> list[Any]:
@@ -223,6 +221,8 @@ def report(title: str, everywhere: list[tuple[Any, ...]]) -> tuple[str, list[str
     for kind in dict.fromkeys([*plain.made, *(k for _, m, _ in everywhere for k in m.made)]):
         found = [size_text(m.made[kind]) for _, m, _ in everywhere]
         table.add_row(f"> {kind}", size_text(plain.made[kind]), "", *found)
+    found = [m.peak - m.made[SLICES] - m.made[GATHERED] for _, m, _ in everywhere]
+    row("peak without (a) and (b)", plain.peak, should, found)
     should = [p.temporaries * s["parameters"] / p.kept["parameters"] for s, _, p in everywhere]
     found = [m.temporaries for _, m, _ in everywhere]
     row("temporaries of the update", plain.temporaries, should, found)
@@ -230,8 +230,7 @@ def report(title: str, everywhere: list[tuple[Any, ...]]) -> tuple[str, list[str
     row("peak of the update", plain.update, should, [m.update for _, m, _ in everywhere])
     for name, what in OVER_STEPS.items():
         found = [getattr(m, what) for _, m, _ in everywhere]
-        should = "" if what == "garbage" else size_text(0)
-        table.add_row(name, size_text(getattr(plain, what)), should, *map(size_text, found))
+        table.add_row(name, *map(size_text, (getattr(plain, what), 0, *found)))
         if what == "growth" and max(found) > 0:
             wrong.append(f"{title}: growth")
     return render(table), wrong
@@ -263,14 +262,15 @@ def main() -> None:
     if options.found:
         on_a_rank(options)
         return
+    ran = running.what_ran()
     with tempfile.NamedTemporaryFile("r") as found:
         for ranks in options.ranks:
             running.start(ranks, __file__, *sys.argv[1:], "--found", found.name)
         results = [json.loads(line) for line in found]
     tables = "\n\n".join(table for table, _ in results)
-    print(f"{running.what_ran()}\n\n{tables}\n")
+    print(f"{ran}\n\n{tables}\n")
     if not options.print_only:
-        print(running.write_record("memory", "What ranks hold while they train", tables))
+        print(running.write_record("memory", "What ranks hold while they train", ran, tables))
     wrong = [problem for _, problems in results for problem in problems]
     if wrong:
         sys.exit(f"wrong: {', '.join(wrong)}")

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import re
 import sys
@@ -51,7 +50,7 @@ MESHES = {
 PLAIN, NUDGED = "1", "1, nudged"
 # Times the difference that nudges make. Seen: see `records/`.
 BOUND = 10
-TOKENS, BATCH, WIDTH, HEADS, BLOCKS = 64, 16, 64, 4, 2
+TOKENS, BATCH, WIDTH, HEADS, BLOCKS = 64, 8, 64, 4, 2
 
 GRAMMAR = {
     "SENTENCE": ("ONE VERBs MANY. ", "MANY VERB ONE. ", "if ONE VERBs MANY, then MANY VERB ONE. "),
@@ -135,7 +134,7 @@ def train_once(options: argparse.Namespace, dtype: str, dropout: float, on: Any)
         dist.all_gather_object(everywhere, losses)
         on = ", ".join(f"{axis}={size}" for axis, size in on.items() if size > 1)
     file = f"{dtype}-{dropout}-{on}.npz".replace(" ", "")
-    if int(os.environ["RANK"]) == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         np.savez(options.folder / file, **weights)
     return Run(dtype, dropout, on, everywhere, file)
 
@@ -148,19 +147,21 @@ def layout_over(mesh: dict[str, int]) -> Any:
     return layout
 
 
-def on_a_rank(options: argparse.Namespace) -> None:
-    """All trainings of one number of ranks; rank 0 writes them into the folder."""
-    running.numbers_of_this_machine()
-    ranks = int(os.environ["WORLD_SIZE"])
-    if ranks > 1:
-        keras_tp.initialize()
-    runs = [
+def train_all(options: argparse.Namespace, ons: list[Any]) -> list[Run]:
+    return [
         train_once(options, dtype, dropout, on)
         for dtype in dtypes_of(options)
         for dropout in options.dropout
-        for on in MESHES.get(ranks, [PLAIN, NUDGED])
+        for on in ons
     ]
-    if int(os.environ["RANK"]) == 0:
+
+
+def on_a_rank(options: argparse.Namespace) -> None:
+    """All trainings of this number of ranks; rank 0 writes them into the folder."""
+    keras_tp.initialize()
+    ranks = dist.get_world_size()
+    runs = train_all(options, MESHES[ranks])
+    if dist.get_rank() == 0:
         (options.folder / f"{ranks}.json").write_text(json.dumps([asdict(run) for run in runs]))
 
 
@@ -215,27 +216,27 @@ def main() -> None:
     parser.add_argument("--print-only", action="store_true", help="no picture, no record")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # given to the ranks
     options = parser.parse_args()
+    running.numbers_of_this_machine()
     if options.folder:
         on_a_rank(options)
         return
+    ran = running.what_ran()
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
-        runs: list[Run] = []
-        for ranks in (1, *options.ranks):
+        runs = train_all(options, [PLAIN, NUDGED])
+        for ranks in options.ranks:
             running.start(ranks, __file__, *sys.argv[1:], "--folder", folder)
-            runs += [
-                Run(**run) for run in json.loads((options.folder / f"{ranks}.json").read_text())
-            ]
+            written = (options.folder / f"{ranks}.json").read_text()
+            runs += [Run(**run) for run in json.loads(written)]
         table, wrong = report(options, runs)
-    print(f"{running.what_ran()}\n\n{options.steps} steps\n\n{table}")
+    print(f"{ran}\n\n{options.steps} steps\n\n{table}")
     if not options.print_only:
         from parity_picture import draw  # matplotlib: not everyone has it
 
         picture = running.HERE / "parity.png"
         draw(picture, {d: of(runs, d, options.dropout[-1]) for d in dtypes_of(options)})
-        print(
-            f"\n{running.write_record('parity', 'Training equals one process', table)}\n{picture}"
-        )
+        title = "Training equals one process"
+        print(f"\n{running.write_record('parity', title, ran, table)}\n{picture}")
     if wrong:
         sys.exit(f"more than rounding: {'; '.join(wrong)}")
 

@@ -40,12 +40,10 @@ def what_ran() -> str:
     )
 
 
-def write_record(name: str, title: str, text: str) -> Path:
-    """Writes what a run of today has printed into `records/`."""
+def write_record(name: str, title: str, ran: str, text: str) -> Path:
+    """Writes what a run has printed, and what ran, into `records/` under today's date."""
     today = time.strftime("%Y-%m-%d")
     path = HERE / "records" / f"{today}-{name}.md"
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    path.write_text(
-        f"# {title}, {today}\n\n{what_ran()}\n\n```\n{command}\n```\n\n```\n{text}\n```\n"
-    )
+    path.write_text(f"# {title}, {today}\n\n{ran}\n\n```\n{command}\n```\n\n```\n{text}\n```\n")
     return path
