@@ -1,6 +1,6 @@
 """What a rank's memory holds while it trains, against what it should, and whether it grows.
 
-    python benchmarks/memory.py [--width 256] [--blocks 4] [--rows 16]
+    python benchmarks/memory.py [--width 256] [--blocks 4] [--rows 16] [--steps 20] [--print-only]
 
 The demo's transformer, 20 steps of Adam, on the meshes of MESHES. What should be there:
 
@@ -56,7 +56,7 @@ from keras_tp.examples.train_transformer import BYTES, layout_map, transformer
 from keras_tp.seam.variables import local_tensor
 from keras_tp.tables import plain_table, render, size_text
 
-EARLY, STEPS = 5, 20
+EARLY = 5  # the first step that is looked at
 TOLERANCE = 0.05
 KEPT_TOLERANCE = 0.001  # a bucket has a flag for each gradient, an optimizer some numbers
 
@@ -73,7 +73,7 @@ MESHES = {
 
 # Names of rows to attributes of `Memory`.
 OVER_STEPS = {
-    f"growth, steps {EARLY} to {STEPS}": "growth",
+    f"growth since step {EARLY}": "growth",
     "growth of RSS": "resident",
     "growth of the peak of RSS": "resident_peak",
 }
@@ -96,7 +96,7 @@ class Memory:
         kept: between steps: parameters, gradients, slots.
         peak, update: at most, in forward and backward, and in the optimizer's update.
         made: what there is at the first of these peaks, by who made it.
-        growth: of live bytes from step 5 to step 20.
+        growth: of live bytes from step EARLY to the last.
         resident, resident_peak: growth of RSS, and of its peak.
     """
 
@@ -130,8 +130,8 @@ class AfterSteps(keras.callbacks.Callback):
 
 def train(options: argparse.Namespace, model: Any, rows: int) -> Memory:
     """Trains for all steps and measures from EARLY on. Collective where it is parallelized."""
-    ids = np.arange(STEPS * rows * (options.tokens + 1)) * 7919 // 13 % BYTES
-    ids = ids.reshape(STEPS * rows, options.tokens + 1).astype("int32")
+    ids = np.arange(options.steps * rows * (options.tokens + 1)) * 7919 // 13 % BYTES
+    ids = ids.reshape(options.steps * rows, options.tokens + 1).astype("int32")
     x, y = ids[:, :-1], ids[:, 1:]
     first = (EARLY - 1) * rows
     fit = {"batch_size": rows, "shuffle": False, "verbose": 0}
@@ -141,7 +141,8 @@ def train(options: argparse.Namespace, model: Any, rows: int) -> Memory:
     seen: list[tuple[int, int, int]] = []
 
     def look(step: int) -> None:
-        time.sleep(0.05)  # gloo's threads let go of what they have sent a moment later
+        if step in (0, options.steps - EARLY):
+            time.sleep(0.3)  # gloo's threads let go of what they have sent a moment later
         gc.collect()
         live.note(gradients_of(parameters), "gradients")  # they were made in backward
         seen.append((live.now(), resident("VmRSS"), resident("VmHWM")))
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--rows", type=int, default=16, help="of a whole batch")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ranks", type=int, nargs="+", choices=MESHES, default=list(MESHES))
     parser.add_argument("--print-only", action="store_true", help="no record")
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)  # given to the ranks
