@@ -191,7 +191,8 @@ def report(options: argparse.Namespace, runs: list[Run]) -> tuple[str, list[str]
             plain = mine.pop(PLAIN)
             row = [dtype, f"{dropout:g}", PLAIN, *(f"{plain.losses[0][i]:.6f}" for i in (0, -1))]
             table.add_row(*row)
-            rounding = differences(mine[NUDGED], plain).max()
+            unit = np.finfo(dtype).eps * np.max(plain.losses)  # what a loss can differ by at least
+            rounding = max(unit, differences(mine[NUDGED], plain).max())
             for run in mine.values():
                 gap = differences(run, plain)
                 weight, path = worst_weight(
@@ -220,6 +221,8 @@ def main() -> None:
     if options.folder:
         on_a_rank(options)
         return
+    if not options.print_only:
+        from parity_picture import draw  # now, as it needs matplotlib, which not everyone has
     ran = running.what_ran()
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
@@ -231,8 +234,6 @@ def main() -> None:
         table, wrong = report(options, runs)
     print(f"{ran}\n\n{options.steps} steps\n\n{table}")
     if not options.print_only:
-        from parity_picture import draw  # matplotlib: not everyone has it
-
         picture = running.HERE / "parity.png"
         draw(picture, {d: of(runs, d, options.dropout[-1]) for d in dtypes_of(options)})
         title = "Training equals one process"
