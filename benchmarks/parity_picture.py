@@ -17,7 +17,7 @@ STYLES = {
     "model=2": {"color": "#0072B2", "linestyle": "-"},
     "batch=2": {"color": "#E69F00", "linestyle": (0, (5, 2))},
     "batch=2, model=2": {"color": "#009E73", "linestyle": (0, (1, 1.2))},
-    "1, nudged": {"color": "#999999", "linestyle": "-"},
+    "1, nudged": {"color": "#CCCCCC", "linestyle": "-", "linewidth": 5},
 }
 NAMES = {
     "model=2": "2 ranks, model=2",
@@ -35,7 +35,14 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
         runs: by dtype and by what they ran on, with `losses`, a list for each rank. The loss is
             drawn of the first dtype, the difference of each.
     """
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "lines.linewidth": 1.4,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
     figure, (top, bottom) = plt.subplots(
         2, sharex=True, figsize=(7, 5.2), height_ratios=(1, 1.15), layout="constrained"
     )
@@ -43,11 +50,11 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     steps = np.arange(1, len(first["1"].losses[0]) + 1)
     # Wide and pale, so that what lies on it is seen to lie on it.
     top.plot(
-        steps, first["1"].losses[0], color="#CCCCCC", linewidth=6, label="1 process, plain Keras"
+        steps, first["1"].losses[0], color="#CCCCCC", linewidth=5, label="1 process, plain Keras"
     )
     for on, style in STYLES.items():
         if on in first and on != "1, nudged":
-            top.plot(steps, first[on].losses[0], linewidth=1.4, label=NAMES[on], **style)
+            top.plot(steps, first[on].losses[0], label=NAMES[on], **style)
     top.set_ylabel("loss")
     top.set_ylim(bottom=0)
     top.legend(frameon=False)
@@ -59,11 +66,11 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
                 farthest = np.maximum.accumulate(gap)
                 farthest = np.where(farthest > 0, farthest, np.nan)  # a log axis has no zero
                 label = NAMES[on] if on == "1, nudged" and of_dtype is first else None
-                bottom.plot(steps, farthest, linewidth=1.4, label=label, **style)
+                bottom.plot(steps, farthest, label=label, **style)
         bottom.annotate(f" {dtype}", (steps[-1], farthest[-1]), va="center", annotation_clip=False)
     bottom.set_yscale("log")
     bottom.set_ylabel("largest difference so far\nfrom the loss of 1 process")
     bottom.set_xlabel("step")
-    bottom.legend(frameon=False, loc="lower right")
+    bottom.legend(frameon=False, loc="center right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
