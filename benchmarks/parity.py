@@ -192,7 +192,7 @@ def report(options: argparse.Namespace, runs: list[Run]) -> tuple[str, list[str]
             row = [dtype, f"{dropout:g}", PLAIN, *(f"{plain.losses[0][i]:.6f}" for i in (0, -1))]
             table.add_row(*row)
             unit = np.finfo(dtype).eps * np.max(plain.losses)  # what a loss can differ by at least
-            rounding = max(unit, differences(mine[NUDGED], plain).max())
+            nudged = differences(mine[NUDGED], plain).max()
             for run in mine.values():
                 gap = differences(run, plain)
                 weight, path = worst_weight(
@@ -200,10 +200,14 @@ def report(options: argparse.Namespace, runs: list[Run]) -> tuple[str, list[str]
                 )
                 table.add_row(
                     *("", "", run.on, *(f"{run.losses[0][i]:.6f}" for i in (0, -1))),
-                    *(f"{gap.max():.1e}", str(gap.argmax() + 1), f"{gap.max() / rounding:.2g}"),
+                    *(
+                        f"{gap.max():.1e}",
+                        str(gap.argmax() + 1),
+                        f"{gap.max() / nudged:.2g}" if nudged else "-",
+                    ),
                     f"{weight:.1e} ({path})",
                 )
-                if not gap.max() <= BOUND * rounding:  # neither is nan
+                if not gap.max() <= BOUND * max(nudged, unit):  # neither is nan
                     wrong.append(f"{run.on} in {dtype} with dropout {dropout:g}")
     return render(table), wrong
 

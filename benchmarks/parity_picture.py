@@ -77,5 +77,5 @@ def draw(path: Path, runs: dict[str, dict[str, Any]]) -> None:
     bottom.set_ylabel(f"difference from the loss of\n1 process, mean of {window} steps")
     bottom.set_xlabel("step")
     bottom.legend(frameon=False, loc="center right")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=105)
     plt.close(figure)
