@@ -36,6 +36,8 @@ check: .venv/dev
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/local_shapes.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/parity.py --float64
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -49,20 +49,22 @@ def layout_map(ranks: int) -> Any:
     return layout
 
 
-def transformer(tokens: int, width: int, heads: int, blocks: int) -> Any:
+def transformer(tokens: int, width: int, heads: int, blocks: int, dropout: float = 0.0) -> Any:
     """A pre-LN decoder on bytes, as anyone would write it in Keras, compiled with AdamW."""
     ids = keras.Input((tokens,), dtype="int32")
     x = layers.Embedding(BYTES, width, name="tokens")(ids)
     for i in range(blocks):
         h = layers.LayerNormalization(name=f"attention_norm_{i}")(x)
         attention = layers.MultiHeadAttention(
-            heads, width // heads, use_bias=False, name=f"attention_{i}"
+            heads, width // heads, dropout=dropout, use_bias=False, name=f"attention_{i}"
         )
         h = attention(h, h, use_causal_mask=True)
         x = layers.Add(name=f"attention_add_{i}")([x, h])
         h = layers.LayerNormalization(name=f"mlp_norm_{i}")(x)
         h = layers.Dense(4 * width, activation="gelu", name=f"up_{i}")(h)
         h = layers.Dense(width, name=f"down_{i}")(h)
+        if dropout:
+            h = layers.Dropout(dropout, name=f"dropout_{i}")(h)
         x = layers.Add(name=f"mlp_add_{i}")([x, h])
     x = layers.LayerNormalization(name="norm")(x)
     model = keras.Model(ids, layers.Dense(BYTES, name="head")(x), name="transformer")

@@ -1,0 +1,77 @@
+"""The benchmarks that look at training, small and short."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keras_tp.examples.train_transformer import transformer
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+# Step 8 looks at how rows are treated, which a model as small as this takes more for than to train.
+SMALL = argparse.Namespace(tokens=8, width=32, heads=2, blocks=1, rows=8, steps=7)
+
+
+def memory_benchmark() -> Any:
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    import memory
+
+    return memory
+
+
+def test_parity_compares_runs_that_train() -> None:
+    """Curves that lie on top of each other show nothing if they are one run, or of no training.
+
+    In float64, too, where Keras by itself computes in float32.
+    """
+    command = [sys.executable, BENCHMARKS / "parity.py", "--print-only", "--ranks", "2"]
+    command += ["--steps", "4", "--dropout", "0.1", "--float64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = r"(1, nudged|model=2|batch=2) +([\d.]+) +([\d.]+) +([-\d.e+]+) "
+    found = re.findall(row, done.stdout)
+    assert [mesh for mesh, *_ in found] == 2 * ["1, nudged", "model=2", "batch=2"], done.stdout
+    for number, (_, first, last, difference) in enumerate(found):
+        assert float(last) < float(first) - 0.1
+        assert float(difference) < (1e-5 if number < 3 else 1e-13), done.stdout
+    assert max(float(difference) for *_, difference in found[3:]) > 0
+
+
+def memory_of_ranks() -> list[tuple[str, list[str]]]:
+    memory = memory_benchmark()
+    found = []
+    for title, mesh, cut in memory.MESHES[2]:
+        measured = memory.measure(SMALL, mesh, cut)
+        found.append(memory.report(title, [measured]))
+        should, ranks, plain = measured
+        assert ranks.peak > sum(ranks.kept.values()) > 0.99 * sum(should.values())
+        assert (ranks.kept["Adam slots"] < plain.kept["Adam slots"]) == (title[-5:] != "whole")
+    return found
+
+
+def test_memory_finds_shards_and_no_growth(ranks: Any) -> None:
+    """A rank that keeps full weights, or gradients of them, has nothing to gain from ranks."""
+    for found in ranks(2)(memory_of_ranks):
+        assert [problems for _, problems in found] == [[], [], []], "\n".join(t for t, _ in found)
+        assert "> weights, gathered (b)" in found[2][0]
+
+
+def test_memory_finds_growth() -> None:
+    """A measure that sees nothing finds no growth, either."""
+    model = transformer(SMALL.tokens, SMALL.width, SMALL.heads, SMALL.blocks)
+    kept, update = [], model.optimizer.apply
+
+    def apply(*args: Any) -> None:
+        kept.append(torch.ones(1000))
+        update(*args)
+
+    model.optimizer.apply = apply
+    steps = SMALL.steps - memory_benchmark().EARLY
+    assert memory_benchmark().train(SMALL, model, 4).growth == steps * 4000
