@@ -15,7 +15,7 @@ from keras_tp.examples.train_transformer import transformer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # Step 8 looks at how rows are treated, which a model as small as this takes more for than to train.
-SMALL = argparse.Namespace(tokens=8, width=32, heads=2, blocks=1, rows=8, steps=7)
+SMALL = argparse.Namespace(tokens=8, width=32, heads=2, blocks=1, rows=8, steps=6)
 
 
 def memory_benchmark() -> Any:
@@ -47,20 +47,20 @@ def test_parity_compares_runs_that_train() -> None:
 def memory_of_ranks() -> list[tuple[str, list[str]]]:
     memory = memory_benchmark()
     found = []
-    for title, mesh, cut in memory.MESHES[2]:
+    for title, mesh, cut in memory.MESHES[2][::2]:  # all but the one whose weights are whole
         measured = memory.measure(SMALL, mesh, cut)
         found.append(memory.report(title, [measured]))
         should, ranks, plain = measured
         assert ranks.peak > sum(ranks.kept.values()) > 0.99 * sum(should.values())
-        assert (ranks.kept["Adam slots"] < plain.kept["Adam slots"]) == (title[-5:] != "whole")
+        assert ranks.kept["Adam slots"] < 0.6 * plain.kept["Adam slots"]
     return found
 
 
 def test_memory_finds_shards_and_no_growth(ranks: Any) -> None:
     """A rank that keeps full weights, or gradients of them, has nothing to gain from ranks."""
     for found in ranks(2)(memory_of_ranks):
-        assert [problems for _, problems in found] == [[], [], []], "\n".join(t for t, _ in found)
-        assert "> weights, gathered (b)" in found[2][0]
+        assert [problems for _, problems in found] == [[], []], "\n".join(t for t, _ in found)
+        assert "> weights, gathered (b)" in found[1][0]
 
 
 def test_memory_finds_growth() -> None:
