@@ -24,14 +24,14 @@ PHASES = {
     "Tensor.backward": "backward",
     "Trainer._compute_loss": "loss",
 }
-SLICES, GATHERED = "activations, sliced (a)", "weights, gathered (b)"
+GATHERED = "weights, gathered"
 # What keras_tp makes, by functions that are running. Inner ones first.
 MAKERS = {
     "Shards.full": GATHERED,
     "Replicas.gather": "outputs, gathered",
     "Replicas.take": "own rows",
     "_ShardStyle._gather": "activations, gathered",
-    "_ShardStyle._split": SLICES,
+    "_ShardStyle._split": "activations, sliced",
     "RowwiseParallel.combine": "activations, summed",
     "VocabularyParallel.combine": "activations, summed",
 }

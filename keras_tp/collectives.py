@@ -95,13 +95,16 @@ def gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
 
 
 def split(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
-    """This rank's chunk of `x` along `dim`, a local copy; the gradient is all-gathered.
+    """This rank's chunk of `x` along `dim`, a view of it; the gradient is all-gathered.
+
+    A view, because Keras's functional models hold on to `x` until their call ends: a copy
+    would come on top of it, just where memory is fullest.
 
     Args:
         x: replicated over the axis.
         dim: negative counts from the end.
     """
-    return x if axis.size == 1 else _Split.apply(x, dim % x.dim(), axis)
+    return x if axis.size == 1 else _View.apply(x, dim % x.dim(), axis)
 
 
 class _Copy(torch.autograd.Function):
@@ -139,13 +142,24 @@ class _Gather(torch.autograd.Function):
         return _Split.apply(grad, ctx.dim, ctx.axis), None, None, None
 
 
+class _View(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+        ctx.dim, ctx.total, ctx.axis = dim, x.shape[dim], axis
+        return x.narrow(dim, *chunk_bounds(x.shape[dim], axis.size, axis.rank))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Gather.apply(grad, ctx.dim, ctx.total, ctx.axis), None, None
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
         ctx.dim, ctx.total, ctx.axis = dim, x.shape[dim], axis
         chunk = x.narrow(dim, *chunk_bounds(x.shape[dim], axis.size, axis.rank))
-        # A copy, though a view would do: as a weight's gradient, a view would keep
-        # the full gradient's memory for as long as the optimizer needs the slice.
+        # A copy: as a weight's gradient, a view would keep the full gradient's memory
+        # for as long as the optimizer needs the slice.
         return chunk.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
