@@ -22,7 +22,7 @@ import keras_tp.styles
 from keras_tp import layouts
 from keras_tp.calls import ContractionCall, GatheredCall, LookupCall
 from keras_tp.collectives import Axis
-from keras_tp.seam import optimizers, variables
+from keras_tp.seam import updates, variables
 from keras_tp.seam.variables import ShardedVariable
 from keras_tp.shards import Shards
 
@@ -184,14 +184,14 @@ def shards_read_as_weights() -> Any:
 
 def one_rank_steps_further() -> Any:
     """What a test that looks at the first rank alone does not see."""
-    right = optimizers._check_gradients
+    right = updates._check_gradients
 
     def scaled(grads: list[Any], updated: list[Any]) -> None:
         right(grads, updated)
         if dist.get_rank() == 1:
             grads[:] = [None if grad is None else grad * 1.01 for grad in grads]
 
-    return mock.patch.object(optimizers, "_check_gradients", scaled)
+    return mock.patch.object(updates, "_check_gradients", scaled)
 
 
 @contextlib.contextmanager

@@ -394,7 +394,7 @@ def test_ranks_that_are_fed_other_batches_are_named(
         for message in ranks(size)(other_batches, mesh, stranger, what):
             assert f"ranks are given different {kind}: rank 0 has float" in message
             assert f"where rank {stranger} has float" in message
-    record_property("feature", ["batches", "other batches on a rank", mesh, "an error"])
+    record_property("feature", ["batches", "other batches on a rank", mesh, "an error", ""])
 
 
 def unchecked() -> tuple[dict[str, int], dict[str, int], float, str]:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from keras import layers, ops
 from patience import soon
+from torch._subclasses.fake_tensor import FakeTensor
 
 import keras_tp
 from keras_tp.seam.variables import ShardedVariable, local_tensor
@@ -301,7 +302,10 @@ def live_storages() -> dict[int, int]:
     found = {}
     for thing in gc.get_objects():
         kind = type(thing)
-        if not issubclass(kind, torch.Tensor) or issubclass(kind, FullWeight) or thing.is_meta:
+        # (A FakeTensor is what a compiler has left over: of no memory, like a meta tensor.)
+        if not issubclass(kind, torch.Tensor) or issubclass(kind, FullWeight | FakeTensor):
+            continue
+        if thing.is_meta:
             continue
         with contextlib.suppress(NotImplementedError):  # a tensor that torch has emptied
             storage = thing.untyped_storage()
