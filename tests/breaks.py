@@ -56,7 +56,7 @@ def input_gradient_padded_with_zeros() -> Any:
         mask.narrow(ctx.dim, start, count).fill_(1.0)
         return full * mask, None, None
 
-    return mock.patch.object(keras_tp.collectives._Split, "backward", staticmethod(backward))
+    return mock.patch.object(keras_tp.collectives._View, "backward", staticmethod(backward))
 
 
 def gradient_counted_once_per_rank() -> Any:
