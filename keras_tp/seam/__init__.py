@@ -19,7 +19,9 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
   see their variables in `build`, and ask for their rate in
   `_get_current_learning_rate`. These are wrapped, once, for all optimizers; for
   variables that are not sharded the wrappers do nothing. Slots stand in lists
-  beside `_trainable_variables`.
+  beside `_trainable_variables`. `_backend_update_step` calls `update_step` for each
+  variable (Keras's own elementwise optimizers replace it), `_backend_apply_gradients`
+  calls `_clip_gradients`, and `LossScaleOptimizer.check_finite` decides on a step.
 - `TorchLayer._track_variables` and `_post_track_variable` hand torch the tensors
   of a layer's variables; wrapped likewise, so that those are the shards.
 - `Layer._layers`, `_trainable_variables`, `_non_trainable_variables` and
