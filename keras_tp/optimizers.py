@@ -46,12 +46,19 @@ _FREE = {
 }
 
 
+_WRAPPERS = tuple(
+    getattr(keras.optimizers, name)
+    for name in ("LossScaleOptimizer", "MultiOptimizer")
+    if hasattr(keras.optimizers, name)  # the second is in newer Keras
+)
+
+
 def inner_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers to which one of Keras's wrappers hands its gradients."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return [optimizer.inner_optimizer]
-    multi = getattr(keras.optimizers, "MultiOptimizer", None)  # in newer Keras
-    return list(optimizer.optimizers) if multi and isinstance(optimizer, multi) else []
+    """The optimizers to which one of Keras's wrappers hands its gradients, if any are known yet."""
+    if not isinstance(optimizer, _WRAPPERS):
+        return []
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return list(optimizer.optimizers) if inner is None else [inner]
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -87,7 +94,8 @@ def updates_elementwise(optimizer: Any) -> bool:
 
 def price_of(optimizer: Any) -> str:
     """What it costs that an optimizer looks at whole tensors, in a sentence; empty if nothing."""
-    updating = inner_optimizers(optimizer) or [optimizer]
+    wraps = isinstance(optimizer, _WRAPPERS)
+    updating = inner_optimizers(optimizer) if wraps else [optimizer]
     whole = [each for each in updating if not updates_elementwise(each)]
     if not whole:
         return ""

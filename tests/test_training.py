@@ -623,7 +623,7 @@ def compiled_steps() -> float:
         dense = [layers.Dense(units, activation="tanh") for units in (6, 2)]
         return keras.Sequential([keras.Input((4,)), *dense])
 
-    layout = {".*kernel": (None, "model")}
+    layout = {".*dense/kernel": (None, "model"), ".*dense_1/kernel": ("model", None)}
     one, many = parity.build_seeded(build), parity.build_seeded(build)
     keras_tp.parallelize(many, stack(layout))
     compiled(one)

@@ -18,7 +18,12 @@ from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.optimizers import check_optimizer, price_of, updates_elementwise
 from keras_tp.seam.contexts import reading_shards
 from keras_tp.seam.optimizers import adopt_slots, copy_layout, optimizer_variables
-from keras_tp.seam.variables import ShardedVariable, become_sharded, local_tensor
+from keras_tp.seam.variables import (
+    ShardedVariable,
+    become_sharded,
+    local_tensor,
+    sharding_of,
+)
 
 _UPDATED = "_keras_tp_updated"  # of an optimizer: the variables that it updates just now
 
@@ -187,21 +192,16 @@ def _squared_norms(grads: Sequence[torch.Tensor], variables: Sequence[Any]) -> t
     squares = torch.stack(
         [torch.linalg.vector_norm(g, dtype=_wide(g)).double().square() for g in grads]
     )
-    return _over_shards(squares, variables)
+    shardings = [sharding_of(v) for v in variables]
+    sharded = torch.tensor([s is not None for s in shardings], device=squares.device)
+    counted = torch.tensor([s is not None and s.counts for s in shardings], device=squares.device)
+    some = next(s for s in shardings if s is not None)
+    summed = some.add_up(torch.where(counted, squares, 0.0))  # (a product would make inf NaN)
+    return torch.where(sharded, summed, squares)  # a whole one's each rank has already
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _over_shards(values: torch.Tensor, variables: Sequence[Any]) -> torch.Tensor:
-    """Sums a value per variable over its shards; of a whole one's each rank has its own already."""
-    shardings = [v._sharding if isinstance(v, ShardedVariable) else None for v in variables]
-    sharded = torch.tensor([s is not None for s in shardings], device=values.device)
-    counted = torch.tensor([s is not None and s.counts for s in shardings], device=values.device)
-    some = next(s for s in shardings if s is not None)
-    summed = some.add_up(torch.where(counted, values, torch.zeros_like(values)))
-    return torch.where(sharded, summed, values)
 
 
 def _hook_finite() -> None:
@@ -210,13 +210,13 @@ def _hook_finite() -> None:
 
     @functools.wraps(original)
     def check_finite(self: Any, grads: Any) -> Any:
-        pairs = [
-            (g, v) for g, v in zip(grads, self._trainable_variables, strict=False) if g is not None
-        ]
-        if not _any_sharded([v for _, v in pairs]):
+        shardings = (v._sharding for v in self._trainable_variables if sharding_of(v) is not None)
+        sharding = next(shardings, None)
+        grads = [g for g in grads if g is not None]
+        if sharding is None or not grads:
             return original(self, grads)
-        bad = torch.stack([(~torch.isfinite(g)).any() for g, _ in pairs]).double()
-        return _over_shards(bad, [v for _, v in pairs]).sum() == 0
+        bad = torch.stack([(~torch.isfinite(g)).any() for g in grads]).any()
+        return sharding.add_up(bad.float()) == 0
 
     scaled.check_finite = check_finite
 
