@@ -179,6 +179,7 @@ def test_layouts_that_do_not_fit_are_told_as_the_variable_is_made(layout: Any, w
 def test_a_distribution_for_more_ranks_says_how_to_start_them() -> None:
     """A DataParallel over four devices in one process must not be four copies of nothing."""
     devices = [f"cpu:{rank}" for rank in range(4)]
+    keras_tp.enable()  # before it, Keras 3.13 cannot make one
     with (
         under(keras.distribution.DataParallel(devices=devices)),
         pytest.raises(keras_tp.LayoutError, match="torchrun --standalone --nproc-per-node 4"),
