@@ -50,6 +50,25 @@ def note(
         )
 
 
+def note_worst(
+    record_property: Callable[[str, object], None],
+    group: str,
+    mesh: str,
+    feature: str,
+    answers: Sequence[Mapping[str, float]],
+) -> None:
+    """Asserts that every rank found each difference exact, and hands them on as one feature."""
+    for rank, found in enumerate(answers):
+        wrong = {name: difference for name, difference in found.items() if not difference <= EXACT}
+        assert not wrong, (mesh, f"rank {rank}", wrong)
+    note(
+        record_property,
+        group,
+        mesh,
+        [{feature: exact(max(found.values()))} for found in answers],
+    )
+
+
 def draw(noted: Sequence[Sequence[str]]) -> str:
     """The table of what the tests that passed have noted."""
     rows: dict[tuple[str, str], dict[str, str]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import models
 import numpy as np
 import parity
 import pytest
+import scripts
 import torch
 from features import MESHES, Found, exact
 from keras import layers, ops
@@ -214,8 +214,7 @@ def test_every_optimizer(ranks: Any, mesh: str, record_property: Any) -> None:
     """LAMB's trust ratio of a shard is another number than that of the weight, Muon of a shard
     another matrix; a rank that clips by the norm of its shards clips by the wrong norm (DeepSpeed
     #5411, TransformerEngine #715), and one that counts replicated weights on every rank too."""
-    sizes = MESHES[mesh]
-    answers = ranks(math.prod(sizes.values()))(updates, sizes, timeout=300.0)
+    answers = ranks(scripts.size_of(mesh))(updates, MESHES[mesh], timeout=300.0)
     features.note(record_property, "optimizers", mesh, answers)
 
 
@@ -259,8 +258,7 @@ def _has_last(variable: Any) -> bool:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_all_ranks_skip_a_step(ranks: Any, mesh: str, record_property: Any) -> None:
     """A rank whose own shards are finite went on, and had other weights from then on."""
-    sizes = MESHES[mesh]
-    answers = ranks(math.prod(sizes.values()))(overflow, sizes)
+    answers = ranks(scripts.size_of(mesh))(overflow, MESHES[mesh])
     features.note(record_property, "optimizers", mesh, answers)
 
 
@@ -303,8 +301,7 @@ def precision(mesh: dict[str, int], policy: str) -> dict[str, Found]:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_precision(ranks: Any, mesh: str, policy: str, record_property: Any) -> None:
     """To a few units of the dtype; a float16 step whose loss was not scaled back shows at once."""
-    sizes = MESHES[mesh]
-    answers = ranks(math.prod(sizes.values()))(precision, sizes, policy)
+    answers = ranks(scripts.size_of(mesh))(precision, MESHES[mesh], policy)
     features.note(record_property, "precision", mesh, answers)
 
 
@@ -323,6 +320,5 @@ def rematerialized(mesh: dict[str, int]) -> dict[str, Found]:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradient_checkpointing(ranks: Any, mesh: str, record_property: Any) -> None:
     """What is computed again in backward gathers again, on this replica's rows."""
-    sizes = MESHES[mesh]
-    answers = ranks(math.prod(sizes.values()))(rematerialized, sizes)
+    answers = ranks(scripts.size_of(mesh))(rematerialized, MESHES[mesh])
     features.note(record_property, "gradient checkpointing", mesh, answers)

@@ -188,16 +188,17 @@ def _hook_clip() -> None:
 
 
 def _squared_norms(grads: Sequence[torch.Tensor], variables: Sequence[Any]) -> torch.Tensor:
-    """Squared norm of each full gradient, in float64. Collective: one all-reduce of them all."""
-    squares = torch.stack(
-        [torch.linalg.vector_norm(g, dtype=_wide(g)).double().square() for g in grads]
-    )
-    shardings = [sharding_of(v) for v in variables]
-    sharded = torch.tensor([s is not None for s in shardings], device=squares.device)
-    counted = torch.tensor([s is not None and s.counts for s in shardings], device=squares.device)
-    some = next(s for s in shardings if s is not None)
-    summed = some.add_up(torch.where(counted, squares, 0.0))  # (a product would make inf NaN)
-    return torch.where(sharded, summed, squares)  # a whole one's each rank has already
+    """Squared norm of each full gradient, in float64. Collective: one all-reduce of them all.
+
+    Of a whole variable each rank has it already; a shard counts on the first rank that stores it.
+    """
+    norms = [torch.linalg.vector_norm(g, dtype=_wide(g)).double().square() for g in grads]
+    cut = [(i, v._sharding) for i, v in enumerate(variables) if isinstance(v, ShardedVariable)]
+    counted = [norms[i] if s.counts else torch.zeros_like(norms[i]) for i, s in cut]
+    totals = cut[0][1].add_up(torch.stack(counted))
+    for (i, _), total in zip(cut, totals.unbind(), strict=True):
+        norms[i] = total
+    return torch.stack(norms)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
