@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from keras import ops
 
-from keras_tp.collectives import Axis
+from keras_tp.collectives import Axis, copy, split
 from keras_tp.errors import LayoutWarning
 from keras_tp.layouts import chunk_bounds
 from keras_tp.plans import Computation, Contraction, StylePlan
+from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import is_stateless, is_symbolic, reading_shards
 from keras_tp.seam.variables import ShardedVariable, gathered_once
 
@@ -29,12 +30,26 @@ class Stage:
     Attributes:
         axis: where, set when the style is applied.
         plan: what was decided.
+        given, kept: whether, in the call that goes on, the input arrives and the output
+            leaves as a shard.
+        copies: of what the layers of that call read; None if each makes its own.
     """
 
     axis: Axis
+    given = False
+    kept = False
+    copies: SharedCopies | None = None
 
     def __init__(self, plan: StylePlan):
         self.plan = plan
+
+    def open(self, copies: SharedCopies, given: bool, kept: bool) -> None:
+        """A call begins in which layers hand each other shards."""
+        self.copies, self.given, self.kept = copies, given, kept
+
+    def close(self) -> None:
+        """It has ended."""
+        self.copies, self.given, self.kept = None, False, False
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """The input as the computation wants it."""
@@ -47,6 +62,23 @@ class Stage:
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         """The output as the next layer wants it."""
         return y
+
+
+class SharedCopies:
+    """Copies of tensors for use on shards, one for all layers that read the same tensor."""
+
+    def __init__(self, axis: Axis):
+        self.axis = axis
+        self.made: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`; its gradient is summed over the axis once, whoever reads it."""
+        for source, made in self.made:
+            if source is x:
+                return made
+        made = copy(x, self.axis)
+        self.made.append((x, made))
+        return made
 
 
 class ShardCall(ABC):
@@ -117,11 +149,20 @@ class ContractionCall(ShardCall):
             if "bias" not in stage.plan.local:
                 y = stage.leave(y)
         if "bias" in self.weights:
-            y = ops.add(y, self.read("bias"))
+            y = ops.add(y, self._bias(y))
         for stage in self.stages:
             if "bias" in stage.plan.local:
                 y = stage.leave(y)
         return y if layer.activation is None else layer.activation(y)
+
+    def _bias(self, y: torch.Tensor) -> torch.Tensor:
+        """The bias, or where the output stays a shard, what of it belongs to that."""
+        bias = self.read("bias")
+        for stage in self.stages:
+            if stage.kept and "bias" not in stage.plan.local:
+                dim = bias_dim(stage.plan, self.computation, tuple(bias.shape))
+                bias = copy(bias, stage.axis) if dim is None else split(bias, dim, stage.axis)
+        return bias
 
 
 class LookupCall(ShardCall):

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import keras
+from torch.distributed.tensor import Shard
 
 from keras_tp.errors import LayoutError, LayoutWarning
+from keras_tp.handovers import Found, find_regions
 from keras_tp.layouts import MeshShape
 from keras_tp.optimizers import price_of
 from keras_tp.patterns import match_paths
@@ -66,15 +68,25 @@ def make_plan(
     ]
     if problems:
         raise LayoutError(problems, where=where)
-    layers = _plan_layers(owners, plans, index, mesh, replicas)
+    layers = _plan_layers(owners, plans, index, mesh, replicas, Found())
+    computing = {
+        axis: size
+        for axis, size in zip(mesh.axes, mesh.sizes, strict=True)
+        if size > 1 and axis != replicas
+    }
+    found = find_regions(model, owners, layers, plans, computing)
+    if found.regions or found.reasons:
+        layers = _plan_layers(owners, plans, index, mesh, replicas, found)
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
     for sentence in (*unused, *said):
         warnings.warn(sentence, LayoutWarning, stacklevel=3)
     notes = [*unused, *said, *_axes_in_words(plans, mesh, replicas)]
     notes += _full_reads(variables, plans)
+    notes += [found.note] if found.note else []
     if getattr(model, "optimizer", None) is not None and any(v.sharded for v in plans):
         notes += [sentence for sentence in (price_of(model.optimizer),) if sentence]
-    return Plan(mesh, tuple(plans), tuple(layers), tuple(notes), replicas)
+    regions = tuple(found.regions)
+    return Plan(mesh, tuple(plans), tuple(layers), tuple(notes), replicas, regions)
 
 
 def _plan_variable(
@@ -132,26 +144,30 @@ def _plan_layers(
     index: dict[int, int],
     mesh: MeshShape,
     replicas: str | None,
+    found: Found,
 ) -> list[LayerPlan]:
     # Variable index -> the layer that gathers it, where that is not its owner.
     gathered_by: dict[int, Owner] = {}
     layers = []
-    for owner in owners:
+    for number, owner in enumerate(owners):
         if isinstance(owner.layer, _REPEATING):
             for variable in variables_of(walk_layers(owner.layer)):
                 if plans[index[id(variable)]].sharded:
                     gathered_by.setdefault(index[id(variable)], owner)
-        layers.append(_plan_layer(owner, plans, index, gathered_by, mesh, replicas))
+        layer = _plan_layer(number, owner, plans, index, gathered_by, mesh, replicas, found)
+        layers.append(layer)
     return layers
 
 
 def _plan_layer(
+    number: int,
     owner: Owner,
     plans: list[VariablePlan],
     index: dict[int, int],
     gathered_by: dict[int, Owner],
     mesh: MeshShape,
     replicas: str | None,
+    found: Found,
 ) -> LayerPlan:
     own = [index[id(v)] for v in owner.variables]
     computation, why_not = computation_of(owner.layer)
@@ -175,10 +191,15 @@ def _plan_layer(
         if style is None and any(axis in plans[i].layout for i in held):
             style = gathered_along(axis)
         if style is not None:
+            style = found.styled(number, style)
             styles.append(style)
             ahead, back = collectives_of(style, known, weights, of_rows=axis == replicas)
+            if not found.wants_gradient(number, style):
+                back = tuple(c for c in back if c.of != "input gradient")
             forward += ahead
             backward += back
+    for axis, i in found.summed(own):
+        backward.append(Collective("all_reduce", axis, f"{_name_of(plans[i].path)} gradient"))
     if all(style.name == "gathered" for style in styles):
         if computation is not None and styles:
             why_not = f"its {computation.weights[0]} is not sharded along that axis"
@@ -205,7 +226,7 @@ def _plan_layer(
         forward=tuple(forward),
         backward=tuple(backward),
         rows=rows,
-        reason=_reason(styles, [plans[i] for i in own], why_not),
+        reason=_reason(styles, [plans[i] for i in own], why_not, found.reasons.get(number, "")),
     )
 
 
@@ -242,7 +263,13 @@ def _names(owner: Owner, index: dict[int, int], computation: Computation | None)
     return names
 
 
-def _reason(styles: list[StylePlan], plans: list[VariablePlan], why_not: str) -> str:
+def _name_of(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _reason(
+    styles: list[StylePlan], plans: list[VariablePlan], why_not: str, why_whole: str
+) -> str:
     if not any("float" in plan.dtype for plan in plans):
         return ""
     if not styles:
@@ -253,10 +280,13 @@ def _reason(styles: list[StylePlan], plans: list[VariablePlan], why_not: str) ->
         if not axes:
             return "its layout shards nothing"
         return f"one rank along {', '.join(sorted(axes))}"
-    reasons = {
-        "column": "its output is gathered: layers do not yet hand shards to each other",
-        "row": "its input is sliced: layers do not yet hand shards to each other",
-        "batched": "input sliced, output gathered: layers do not yet hand shards to each other",
-        "gathered": f"gathered on use: {why_not}",
-    }
-    return "; ".join(dict.fromkeys(reasons[s.name] for s in styles if s.name in reasons))
+    reasons = []
+    for style in styles:
+        if style.name == "gathered":
+            reasons.append(f"gathered on use: {why_not}")
+        if isinstance(style.output, Shard) and not style.kept:
+            why = why_whole or "no row layer takes it as a shard"
+            reasons.append(f"its output is gathered: {why}")
+        if isinstance(style.input, Shard) and not style.given:
+            reasons.append("its input is sliced: it does not come as a shard")
+    return "; ".join(dict.fromkeys(reasons))

@@ -81,14 +81,16 @@ class StylePlan:
         axis: the mesh axis.
         name: `"column"`, `"row"`, `"batched"`, `"vocabulary"` or `"gathered"`;
             the class of the same name in `keras_tp.styles` carries it out.
-        input: placement the computation wants of its input. The input arrives
-            replicated; a `Shard` is sliced off it.
+        input: placement the computation wants of its input. A `Shard` is sliced off
+            what arrives replicated, unless it is `given`.
         output: placement of the bare result: `Shard` for column, `Partial` for
-            row. It leaves the layer replicated.
+            row. It leaves the layer replicated, unless it is `kept`.
         local: names of the layer's weights that the computation uses as this
             rank's shard along the axis. Every other weight sharded along it is
             gathered for the call.
         size: full size of the dim that is sharded; 0 for gathered.
+        given: whether the input arrives as the shard that is wanted.
+        kept: whether the output leaves the layer as a shard.
     """
 
     axis: str
@@ -97,6 +99,8 @@ class StylePlan:
     output: Placement
     local: tuple[str, ...] = ()
     size: int = 0
+    given: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,31 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Region:
+    """Layers that hand each other shards while a layer above them is called.
+
+    What is in between was seen to compute on a shard what it computes on the whole, in a call
+    as the model was built for. Other calls are looked at as they come.
+
+    Attributes:
+        layer: index into `Plan.layers` of the layer above.
+        axis: the mesh axis.
+        members: indices into `Plan.layers` of layers that hand on their output as a shard, or
+            take their input as one.
+        summed: indices into `Plan.variables` of weights that are used on shards in between: their
+            gradients are summed over the axis.
+        divided: attributes that count what is sharded (heads), with the values that they have
+            during the call: path of the layer, name, value.
+    """
+
+    layer: int
+    axis: str
+    members: tuple[int, ...]
+    summed: tuple[int, ...] = ()
+    divided: tuple[tuple[str, str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """All of it, decided: printable, comparable, ready for JSON.
 
@@ -196,6 +225,7 @@ class Plan:
             that matches nothing.
         batch_axis: the mesh axis along which the rows of a batch are shared out,
             if there is one of more than one rank; else every rank computes all rows.
+        regions: within which layers hand each other shards.
     """
 
     mesh: MeshShape
@@ -203,6 +233,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
     batch_axis: str | None = None
+    regions: tuple[Region, ...] = ()
 
     def bytes_per_rank(self, rank: int) -> int:
         """Bytes of variables that `rank` stores (gradients and slots not counted)."""
@@ -235,6 +266,7 @@ class Plan:
                 for v in self.variables
             ],
             "layers": [{**_plain(layer), "style": layer.style} for layer in self.layers],
+            "regions": [_plain(region) for region in self.regions],
             "notes": list(self.notes),
         }
 

@@ -146,6 +146,18 @@ def style_along(
     return StylePlan(axis, "column", Replicate(), output, local, size)
 
 
+def bias_dim(style: StylePlan, computation: Contraction, shape: Shape) -> int | None:
+    """Dim of a bias, from the end, of which a rank adds its part to its shard of the output.
+
+    None where the bias is broadcast over the sharded dim.
+    """
+    assert isinstance(style.output, Shard)
+    dim = style.output.dim
+    if dim >= 0:  # labels lead, so that none before it is "..."
+        dim -= len(computation.output)
+    return dim if len(shape) >= -dim and shape[dim] == style.size else None
+
+
 def gathered_along(axis: str) -> StylePlan:
     """The style of a layer that computes with full weights."""
     return StylePlan(axis, "gathered", Replicate(), Replicate())
@@ -219,7 +231,9 @@ def collectives_of(
     `arrives replicated -> Shard` is a slice, whose gradient is gathered; `Shard
     -> leaves replicated` is the other way round; `Partial -> replicated` is an
     all-reduce with nothing to do backward; and a replicated input used on
-    sharded weights gets a partial gradient. Ids, which a lookup takes, get none.
+    sharded weights gets a partial gradient. Ids, which a lookup takes, get none. What is
+    given or kept as a shard costs nothing, but for a bias that is whole: each rank has
+    the gradient of its part (or, of one that is broadcast over the shard, a summand).
     Where replicas compute other rows (`of_rows`), a gathered weight's gradients are
     summed and cut.
     """
@@ -231,9 +245,14 @@ def collectives_of(
                 backward.append(Collective("reduce_scatter", style.axis, name))
     if isinstance(style.output, Partial):
         forward.append(Collective("all_reduce", style.axis, "output"))
-    if isinstance(style.output, Shard):
+    if isinstance(style.output, Shard) and not style.kept:
         forward.append(Collective("all_gather", style.axis, "output"))
-    if isinstance(computation, Contraction) and style.name != "gathered":
+    if isinstance(computation, Contraction) and style.name != "gathered" and not style.given:
         kind = "all_gather" if isinstance(style.input, Shard) else "all_reduce"
         backward.append(Collective(kind, style.axis, "input gradient"))
+    whole_bias = "bias" in weights and "bias" not in style.local
+    if isinstance(computation, Contraction) and style.kept and whole_bias:
+        dim = bias_dim(style, computation, weights["bias"].shape)
+        kind = "all_reduce" if dim is None else "all_gather"
+        backward.append(Collective(kind, style.axis, "bias gradient"))
     return tuple(forward), tuple(backward)

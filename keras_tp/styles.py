@@ -39,6 +39,8 @@ class _ShardStyle(Stage):
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.plan.input, Shard)
+        if self.given:
+            return x
         dim = self.plan.input.dim
         if x.shape[dim] != self.plan.size:
             # A slice of another dim may fit this rank's shard of the kernel by accident.
@@ -50,14 +52,16 @@ class _ShardStyle(Stage):
 
     def _gather(self, y: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.plan.output, Shard)
+        if self.kept:
+            return y
         return gather(y, self.plan.output.dim, self.plan.size, self.axis)
 
 
 class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
     """Output dim sharded: replicated input, gathered output.
 
-    Forward one all-gather of the output, backward one all-reduce of the input's
-    gradient (none for a lookup).
+    Forward one all-gather of the output, none where it is kept as a shard; backward one
+    all-reduce of the input's gradient (none for a lookup), for all that read the same together.
     """
 
     def __init__(self, plan: StylePlan, computation: Computation):
@@ -67,7 +71,7 @@ class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
         )
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        return copy(x, self.axis)
+        return copy(x, self.axis) if self.copies is None else self.copies.of(x)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         return self._gather(y)
@@ -77,7 +81,7 @@ class RowwiseParallel(_ShardStyle, torch_style.RowwiseParallel):
     """Contracted dim sharded: the input is sliced, the output summed.
 
     Forward one all-reduce of the output, before bias and activation; backward
-    one all-gather of the input's gradient.
+    one all-gather of the input's gradient, none where it is given as a shard.
     """
 
     def __init__(self, plan: StylePlan, computation: Computation):
@@ -96,7 +100,8 @@ class RowwiseParallel(_ShardStyle, torch_style.RowwiseParallel):
 class BatchedParallel(_ShardStyle, torch_style.ParallelStyle):
     """A dim of input, kernel and output alike is sharded, such as experts.
 
-    Forward one all-gather of the output, backward one of the input's gradient.
+    Forward one all-gather of the output, backward one of the input's gradient; neither
+    where it is kept, or given, as a shard.
     """
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from keras_tp.calls import GatheredCall, ShardCall
 from keras_tp.checks import Verification
 from keras_tp.comparison import Comparison, Mode
 from keras_tp.errors import LayoutError
+from keras_tp.region_calls import RegionCall
 from keras_tp.replicas import RowsCall
 from keras_tp.seam.contexts import is_symbolic, on_rows_of
 from keras_tp.seam.layers import Owner, parallelized_part, variables_of, walk_layers
@@ -54,7 +55,7 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
     )
 
 
-_Planned = ShardCall | GatheredCall
+_Planned = ShardCall | GatheredCall | RegionCall
 _AROUND = AgreedInputs | RowsCall | WholeRowsCall
 
 
@@ -79,6 +80,9 @@ class _CheckedCall:
             # As if there were no replicas: each compares what it does with its own rows.
             with on_rows_of(None):
                 self.comparison.compare(self._call, args, kwargs)
+            if isinstance(self.planned, RegionCall):
+                # As if its layers handed each other whole activations, so that each is compared.
+                return self.planned.original(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,13 +13,16 @@ from keras_tp.all_rows import give_all_rows
 from keras_tp.callbacks import act_together
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
+from keras_tp.handovers import members_along
 from keras_tp.loops import watch_loops
 from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
+from keras_tp.region_calls import share_region
 from keras_tp.replicas import RowsCall
 from keras_tp.rules import computation_of
 from keras_tp.seam.distribution import layout_of, set_layout
+from keras_tp.seam.dropout import hook_dropout
 from keras_tp.seam.layers import (
     Owner,
     announce_quantize,
@@ -65,6 +68,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     mesh = torch_mesh(plan.mesh)
     hook_layers()
     hook_optimizers()
+    hook_dropout()
     act_together()
     for variable, decided in zip(variables, plan.variables, strict=True):
         _store(variable, Shards(plan.mesh, decided.placements, decided.shape))
@@ -86,6 +90,11 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
             announce_quantize(owner.layer)
         if decided_layer.rows == "statistics":
             share_statistics(owner.layer)
+    for region in plan.regions:
+        members = members_along(region.axis, owners, plan.layers)
+        members = [m for m in members if m.number in region.members]
+        share_region(owners[region.layer].layer, members, Axis.of(mesh, region.axis))
+    for owner, decided_layer in zip(owners, plan.layers, strict=True):
         if decided_layer.rows == "all":
             give_all_rows(owner.layer, False, True)
     adopt_optimizer(model, plan.mesh)

@@ -80,6 +80,40 @@ def on_rows_of(replicas: Replicas | None) -> Iterator[None]:
         global_state.set_global_attribute(_REPLICAS, before)
 
 
+class Parts(Protocol):
+    """What Keras's side asks of `keras_tp.region_calls`, while layers hand each other shards.
+
+    Attributes:
+        parts: number of ranks that have one each.
+        rank: which this rank has.
+    """
+
+    parts: int
+    rank: int
+
+    def next_dim(self) -> int | None:
+        """Along which dim the tensor is cut that now is dropped from; None if it is whole."""
+
+
+_PARTS = "keras_tp_parts"
+
+
+def current_parts() -> Parts | None:
+    """How what is dropped from is cut, where layers hand each other shards."""
+    return global_state.get_global_attribute(_PARTS)
+
+
+@contextlib.contextmanager
+def drawing_parts(parts: Parts | None) -> Iterator[None]:
+    """While open, dropout draws for whole tensors, of which it is given parts; None for whole."""
+    before = current_parts()
+    global_state.set_global_attribute(_PARTS, parts)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_PARTS, before)
+
+
 class Leader(Protocol):
     """What Keras's side asks of `keras_tp.leading.Leader`, while the first rank works alone.
 

@@ -29,6 +29,11 @@ class Owner:
     path: str
     variables: tuple[Any, ...]
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether there are layers below it."""
+        return bool(self.layer._layers)
+
 
 def walk_layers(model: Any) -> list[Owner]:
     """The model and all layers below it, depth first, each once, in creation order.
@@ -171,6 +176,14 @@ def observe_loss(model: Any, observe: Callable[[Any, Any], None]) -> None:
         return original(*args, **kwargs)
 
     model.compute_loss = compute_loss
+
+
+def take_any_size(layer: Any) -> None:
+    """Has a layer take inputs of any sizes: Keras would refuse a shard before `call` sees it."""
+    spec = layer.input_spec
+    if spec is not None and spec.axes:
+        config = {**spec.get_config(), "axes": {}}
+        layer.input_spec = keras.layers.InputSpec(**config)
 
 
 def announce_quantize(layer: Any) -> None:

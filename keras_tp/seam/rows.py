@@ -27,6 +27,7 @@ from keras_tp.seam.layers import Owner
 # Of `keras.src.backend.torch.random`: what is given a shape first, and what a tensor.
 _OF_A_SHAPE = "normal", "uniform", "randint", "truncated_normal", "gamma", "binomial", "beta"
 _OF_A_TENSOR = "categorical", "shuffle"
+RANDOM = *_OF_A_SHAPE, *_OF_A_TENSOR, "dropout"
 
 
 # Shapes of what is drawn, while somebody wants to know.

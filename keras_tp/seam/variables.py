@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -33,19 +33,23 @@ def _renew(variable: Any) -> None:
 
 
 class ReplicatedVariable(keras.Variable):
-    """A Keras variable that is whole on every rank, of a model whose replicas share out rows.
+    """A Keras variable that is whole on every rank, and used by each on something else.
 
-    Never constructed, as `ShardedVariable`. While replicas compute, what is read
-    of it gives the sum of their gradients.
+    Never constructed, as `ShardedVariable`. While replicas compute, each its rows, or
+    layers hand each other shards, what is read of it gives the sum of their gradients.
     """
+
+    _copied: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def value(self) -> torch.Tensor:
         """The weight."""
         replicas = current_replicas()
-        if replicas is None or in_stateless_scope() or is_symbolic():
+        plain = in_stateless_scope() or is_symbolic()
+        if plain or (replicas is None and self._copied is None):
             return keras.Variable.value.fget(self)
-        return self._maybe_autocast(replicas.own(self))
+        own = self._value if replicas is None else replicas.own(self)
+        return self._maybe_autocast(own if self._copied is None else self._copied(own))
 
     def _direct_assign(self, value: torch.Tensor) -> None:
         with torch.no_grad():
@@ -174,6 +178,22 @@ def replicate_for_rows(variable: Any) -> None:
     """Has a variable that stays whole give replicas the sum of their gradients."""
     if type(variable) is keras.Variable:
         variable.__class__ = ReplicatedVariable
+
+
+@contextlib.contextmanager
+def copied_on_read(
+    variables: Iterable[Any], copied: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """While open, what is read of these variables, which are whole, is `copied`."""
+    opened = [v for v in variables if v._value.requires_grad]
+    for variable in opened:
+        replicate_for_rows(variable)
+        variable._copied = copied
+    try:
+        yield
+    finally:
+        for variable in opened:
+            variable._copied = None
 
 
 def cut_along(variable: Any, axis: str) -> bool:

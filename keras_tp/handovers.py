@@ -1,0 +1,188 @@
+"""Finds, for a plan, which layers of a model hand each other shards.
+
+The model is called once without values. Each layer that has others below it is looked at
+as it returns, the innermost first: what is proven there (`keras_tp.regions`) is
+settled, what is not may be proven within a layer above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.distributed.tensor import Shard
+
+from keras_tp.plans import (
+    Computation,
+    LayerPlan,
+    Lookup,
+    Region,
+    StylePlan,
+    VariablePlan,
+)
+from keras_tp.regions import Call, Member, Proof, members_below, prove, shortened
+from keras_tp.seam.layers import Owner, variables_of
+from keras_tp.seam.rehearsals import rehearse_model
+
+# What an unknown number of rows, and any other unknown size, is taken to be.
+SIZES = (2, 8)
+
+
+@dataclass
+class Found:
+    """What was found in a model.
+
+    Attributes:
+        regions: in the order in which they were found.
+        proofs: of each, what was proven.
+        reasons: for members that are in none, why not, by number.
+        note: what the user should know; empty if nothing.
+    """
+
+    regions: list[Region] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    note: str = ""
+
+    def styled(self, number: int, style: StylePlan) -> StylePlan:
+        """A layer's style with what is handed to it and by it."""
+        for region, proof in zip(self.regions, self.proofs, strict=True):
+            if region.axis == style.axis and number in region.members:
+                return replace(style, given=number in proof.taken, kept=number in proof.handed)
+        return style
+
+    def wants_gradient(self, number: int, style: StylePlan) -> bool:
+        """Whether the gradient of what a column layer reads is summed by this layer.
+
+        Where several read the same, the first does it for all.
+        """
+        for region, proof in zip(self.regions, self.proofs, strict=True):
+            if region.axis == style.axis and number in region.members:
+                mine = [[n for n in group if n in region.members] for group in proof.readers]
+                return any(group[0] == number for group in mine if group)
+        return True
+
+    def summed(self, variables: Sequence[int]) -> list[tuple[str, int]]:
+        """Axes along which gradients of weights are summed, with the weight."""
+        return [(r.axis, i) for r in self.regions for i in r.summed if i in variables]
+
+
+def candidate(style: StylePlan, computation: Computation | None) -> bool:
+    """Whether a layer could hand on, or take, a shard along the axis of this style."""
+    if computation is None or not style.size:
+        return False
+    if not isinstance(computation, Lookup) and computation.output.endswith("..."):
+        return False  # which dims its bias has is not known from the labels
+    return isinstance(style.input, Shard) or isinstance(style.output, Shard)
+
+
+def members_along(axis: str, owners: Sequence[Owner], layers: Sequence[LayerPlan]) -> list[Member]:
+    """The layers that could hand each other shards along an axis, numbered as in the plan."""
+    return [
+        Member(number, owner.layer, style, isinstance(layer.computation, Lookup))
+        for number, (owner, layer) in enumerate(zip(owners, layers, strict=True))
+        for style in layer.styles
+        if style.axis == axis and candidate(style, layer.computation)
+    ]
+
+
+def can_pair(members: Sequence[Member]) -> bool:
+    """Whether there is one that could hand on a shard, and one that could take it."""
+    hands = [m.number for m in members if isinstance(m.style.output, Shard)]
+    takes = [m.number for m in members if isinstance(m.style.input, Shard)]
+    return bool(hands and takes) and len({*hands, *takes}) > 1
+
+
+def find_regions(
+    model: Any,
+    owners: Sequence[Owner],
+    layers: Sequence[LayerPlan],
+    plans: Sequence[VariablePlan],
+    sizes: dict[str, int],
+) -> Found:
+    """Looks at all layers of a model, which is as before afterwards.
+
+    Args:
+        model: a built model.
+        owners: its layers.
+        layers: of each, what is planned while all hand each other whole activations.
+        plans: of its variables.
+        sizes: ranks along each axis on whose shards layers compute.
+    """
+    found = Found()
+    along = {axis: members_along(axis, owners, layers) for axis in sizes}
+    along = {axis: members for axis, members in along.items() if can_pair(members)}
+    if not along:
+        return found
+    variables = variables_of(owners)
+    cut = frozenset(id(v) for v, p in zip(variables, plans, strict=True) if p.sharded)
+    search = _Search(found, owners, along, sizes, cut)
+    above = [owner.layer for owner in owners if owner.has_layers]
+    try:
+        rehearse_model(model, SIZES, [(layer, search.watched(layer)) for layer in above])
+    except Exception as error:
+        found.note = (
+            f"the model could not be called without values ({shortened(error)}), so that it is not "
+            "known which layers could hand each other shards: each is given, and gives, whole "
+            "activations."
+        )
+        found.regions, found.proofs = [], []
+    return found
+
+
+@dataclass
+class _Search:
+    found: Found
+    owners: Sequence[Owner]
+    along: dict[str, list[Member]]
+    sizes: dict[str, int]
+    cut: frozenset[int]
+    proving: bool = False
+    settled: set[int] = field(default_factory=set)
+    tried: set[frozenset[int]] = field(default_factory=set)
+
+    def watched(self, layer: Any) -> Callable[..., Any]:
+        """The layer's `call`, after which it is looked at."""
+        original = layer.call
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if not self.proving:
+                self.proving = True
+                try:
+                    self._look_at(layer, original, args, kwargs)
+                finally:
+                    self.proving = False
+            return result
+
+        return call
+
+    def _look_at(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        for axis, members in self.along.items():
+            below, inside = members_below(layer, members)
+            inside = [m for m in inside if m.number not in self.settled]
+            numbers = frozenset(m.number for m in inside)
+            if not can_pair(inside) or numbers in self.tried:
+                continue
+            self.tried.add(numbers)
+            proof = prove(Call(below, original, args, kwargs, inside, self.sizes[axis], self.cut))
+            self.found.reasons |= dict(proof.refused)
+            if proof.taken:
+                self._settle(layer, axis, below, proof)
+
+    def _settle(self, layer: Any, axis: str, below: list[Owner], proof: Proof) -> None:
+        members = tuple(sorted(proof.handed | proof.taken))
+        self.settled |= set(members)
+        everywhere = {id(v): i for i, v in enumerate(variables_of(self.owners))}
+        here = variables_of(below)
+        self.found.proofs.append(proof)
+        self.found.regions.append(
+            Region(
+                layer=next(i for i, o in enumerate(self.owners) if o.layer is layer),
+                axis=axis,
+                members=members,
+                summed=tuple(sorted(everywhere[id(here[n])] for n in proof.summed)),
+                divided=tuple((below[n].path, name, value) for n, name, value in proof.divided),
+            )
+        )

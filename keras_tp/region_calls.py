@@ -1,0 +1,156 @@
+"""Calls of a layer, within which layers below it hand each other shards.
+
+Each kind of call is looked at once, as it comes, by the same proof as for the plan
+(`keras_tp.regions`; no communication, every rank finds the same), because a call with a mask,
+a cache or another shape may run other code. What is not proven is gathered.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+from torch.distributed.tensor import Shard
+
+from keras_tp.calls import ShardCall, SharedCopies, Stage
+from keras_tp.collectives import Axis
+from keras_tp.errors import LayoutWarning
+from keras_tp.regions import Call, Member, Proof, prove
+from keras_tp.seam.contexts import drawing_parts, is_stateless, is_symbolic, is_training
+from keras_tp.seam.layers import Owner, take_any_size, variables_of, walk_layers
+from keras_tp.seam.rehearsals import keras_mask
+from keras_tp.seam.trials import restored
+from keras_tp.seam.variables import copied_on_read, sharding_of
+
+
+class Draws:
+    """See `keras_tp.seam.contexts.Parts`."""
+
+    def __init__(self, axis: Axis, dims: Sequence[int | None]):
+        self.parts, self.rank = axis.size, axis.rank
+        self.dims = list(dims)
+
+    def next_dim(self) -> int | None:
+        return self.dims.pop(0)
+
+
+class RegionCall:
+    """A layer's `call`, within which `members` may hand each other shards.
+
+    Args:
+        layer: the layer.
+        members: layers below it, with the stage of each along the axis.
+        axis: along which they compute on shards.
+        planned: whether each hands on or takes a shard by the plan, to say where it does not.
+    """
+
+    style = "region"
+
+    def __init__(self, layer: Any, members: Sequence[tuple[Member, Stage]], axis: Axis):
+        self.layer = layer
+        self.original = layer.call
+        self.members = members
+        self.axis = axis
+        self.owners: list[Owner] = walk_layers(layer)
+        self.variables = variables_of(self.owners)
+        self.proofs: dict[Any, Proof] = {}
+        self.told = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_symbolic() or is_stateless():
+            return self.original(*args, **kwargs)
+        proof = self._proof_of(args, kwargs)
+        if not proof.taken:
+            return self.original(*args, **kwargs)
+        copies = SharedCopies(self.axis)
+        divided = [(vars(self.owners[n].layer), name, value) for n, name, value in proof.divided]
+        before = [attributes[name] for attributes, name, _ in divided]
+        summed = [self.variables[n] for n in proof.summed]
+        for member, stage in self.members:
+            stage.open(copies, member.number in proof.taken, member.number in proof.handed)
+        for attributes, name, value in divided:
+            attributes[name] = value
+        try:
+            with (
+                drawing_parts(Draws(self.axis, proof.draws) if any_cut(proof) else None),
+                copied_on_read(summed, copies.of),
+            ):
+                return self.original(*args, **kwargs)
+        finally:
+            for _, stage in self.members:
+                stage.close()
+            for (attributes, name, _), value in zip(divided, before, strict=True):
+                attributes[name] = value
+
+    def _proof_of(self, args: Any, kwargs: Any) -> Proof:
+        kind = kind_of(args, kwargs)
+        proof = self.proofs.get(kind)
+        if proof is None:
+            proof = self.proofs[kind] = self._prove(args, kwargs)
+        return proof
+
+    def _prove(self, args: Any, kwargs: Any) -> Proof:
+        cut = frozenset(id(v) for v in self.variables if sharding_of(v) is not None)
+        members = [member for member, _ in self.members]
+        call = Call(self.owners, self.original, args, kwargs, members, self.axis.size, cut)
+        with restored(self.owners, trained=False):
+            proof = prove(call)
+        if proof.refused and not self.told:
+            self.told = True
+            paths = {m.number: m.layer.path for m in members}
+            said = "; ".join(f"'{paths[n]}': {reason}" for n, reason in proof.refused)
+            warnings.warn(
+                f"in this call of '{self.layer.path}' outputs are gathered that were planned to "
+                f"stay sharded: {said}. The numbers are the same.",
+                LayoutWarning,
+                stacklevel=2,
+            )
+        return proof
+
+
+def any_cut(proof: Proof) -> bool:
+    """Whether numbers are drawn for shards."""
+    return any(dim is not None for dim in proof.draws)
+
+
+def kind_of(args: Any, kwargs: Any) -> Any:
+    """What may decide which way the code goes, or what it gives; but for values of tensors."""
+    return tuple(map(_kind, args)), tuple((n, _kind(v)) for n, v in kwargs.items()), _around()
+
+
+def _around() -> Any:
+    return is_training(), keras.config.is_flash_attention_enabled()
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        mask = keras_mask(value)
+        return value.shape, value.dtype, None if mask is None else (mask.shape, mask.dtype)
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_kind, value))
+    if isinstance(value, dict):
+        return dict, tuple((name, _kind(entry)) for name, entry in value.items())
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return type(value), id(value)
+
+
+def share_region(layer: Any, members: Sequence[Member], axis: Axis) -> None:
+    """Has layers below `layer` hand each other shards, where that is proven, when it is called.
+
+    Args:
+        layer: the layer above.
+        members: of the layers below, which compute on shards along the axis already.
+        axis: the axis.
+    """
+    staged = []
+    for member in members:
+        assert isinstance(member.layer.call, ShardCall), member.layer.path
+        stages = member.layer.call.stages
+        if isinstance(member.style.input, Shard):
+            take_any_size(member.layer)
+        staged.append((member, next(s for s in stages if s.axis.name == axis.name)))
+    layer.call = RegionCall(layer, staged, axis)

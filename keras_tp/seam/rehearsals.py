@@ -1,0 +1,234 @@
+"""Layers called on tensors without values, to see what they do. Afterwards all is as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import keras
+import torch
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import StatelessScope
+from keras.src.backend.torch import random as backend_random
+from keras.src.backend.torch.core import device_scope
+
+from keras_tp.layouts import Shape
+from keras_tp.seam.contexts import on_rows_of
+from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.rows import RANDOM
+from keras_tp.seam.trials import restored
+
+META = torch.device("meta")
+
+
+class _WithoutValues(str):
+    """The meta device, which Keras does not know as such.
+
+    Keras computes otherwise on it here and there (a `cond` takes the first branch, `repeat`
+    fails), where the question is what it does on any other device.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, torch.device):
+            return other == META
+        return isinstance(other, _WithoutValues)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+@contextlib.contextmanager
+def _on_meta_unnoticed() -> Iterator[None]:
+    before = global_state.get_global_attribute("torch_device", None)
+    global_state.set_global_attribute("torch_device", _WithoutValues("meta"))
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("torch_device", before)
+
+
+class Watch(Protocol):
+    """What sees a rehearsal."""
+
+    def dropout(
+        self, draw: Callable[..., torch.Tensor], inputs: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Keras's `random.dropout`, which is `draw`."""
+
+    def own_gradient(self, name: str, given: Any) -> None:
+        """A function with a gradient of its own (`torch.autograd.Function`) is applied."""
+
+
+@contextlib.contextmanager
+def rehearsal(
+    owners: list[Owner],
+    weights: Iterable[tuple[Any, torch.Tensor]] = (),
+    calls: Iterable[tuple[Any, Callable[..., Any]]] = (),
+    attributes: Iterable[tuple[Any, str, Any]] = (),
+    watch: Watch | None = None,
+) -> Iterator[None]:
+    """While open, layers compute without values, and change nothing that stays.
+
+    Args:
+        owners: all layers that may be called.
+        weights: variables, and the tensor on the meta device that is read of each.
+        calls: layers, and what is called in place of their `call`; they take any input.
+        attributes: layers, names and values of attributes that they have meanwhile.
+        watch: what sees more of it than torch's functions.
+    """
+    before = [(vars(owner.layer), dict(vars(owner.layer))) for owner in owners]
+    try:
+        for layer, call in calls:
+            vars(layer)["call"] = call
+            vars(layer)["_input_spec"] = None
+        for layer, name, value in attributes:
+            vars(layer)[name] = value
+        owned = [(v, weight_without_values(v)) for v in variables_of(owners)]
+        with _on_meta_unnoticed(), torch.no_grad(), contextlib.ExitStack() as stack:
+            stack.enter_context(on_rows_of(None))
+            stack.enter_context(StatelessScope([*owned, *weights], collect_losses=True))
+            stack.enter_context(_watched(watch))
+            yield
+    finally:
+        for now, kept in before:
+            now.clear()
+            now.update(kept)
+
+
+@contextlib.contextmanager
+def _watched(watch: Watch | None) -> Iterator[None]:
+    drawing = {name: getattr(backend_random, name) for name in RANDOM}
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def without_generator(name: str) -> Callable[..., Any]:
+        def draw(*args: Any, **kwargs: Any) -> Any:
+            with device_scope("meta"):  # of which there are no generators, as Keras knows
+                return drawing[name](*args, **kwargs)
+
+        return draw
+
+    def watched_dropout(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        draw = without_generator("dropout")
+        if watch is None:
+            return draw(inputs, *args, **kwargs)
+        return watch.dropout(draw, keras.ops.convert_to_tensor(inputs), *args, **kwargs)
+
+    def watched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if watch is not None:
+            watch.own_gradient(cls.__name__, (args, kwargs))
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    for name in RANDOM:
+        setattr(backend_random, name, without_generator(name))
+    backend_random.dropout = watched_dropout
+    torch.autograd.Function.apply = classmethod(watched_apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for name, draw in drawing.items():
+            setattr(backend_random, name, draw)
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+def without_values(nest: Any, seen: dict[int, torch.Tensor]) -> Any:
+    """`nest` with tensors on the meta device, the same one for the same one, masks included.
+
+    Args:
+        nest: of tensors and anything else.
+        seen: by identity, those that were made already; is added to.
+    """
+
+    def made(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in seen:
+            empty = torch.empty(leaf.shape, dtype=leaf.dtype, device=META)
+            seen[id(leaf)] = empty
+            mask = keras_mask(leaf)
+            if mask is not None:
+                empty._keras_mask = made(mask)  # type: ignore[attr-defined]
+        return seen[id(leaf)]
+
+    return keras.tree.map_structure(made, nest)
+
+
+def weight_without_values(variable: Any) -> torch.Tensor:
+    """A tensor of the full shape of a variable, on the meta device."""
+    with device_scope("meta"):
+        shown = keras.ops.convert_to_tensor(variable)
+        return torch.empty(tuple(variable.shape), dtype=shown.dtype, device=META)
+
+
+def keras_mask(tensor: torch.Tensor) -> Any:
+    """The mask that Keras has put on a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def is_computed_again(layer: Any) -> bool:
+    """Whether the layer was made under a `RematScope`: backward computes it a second time."""
+    return getattr(layer, "_remat_mode", None) is not None
+
+
+def bare_call(layer: Any, activation: str = "activation") -> Callable[..., torch.Tensor]:
+    """The class's own `call` of a layer, but for its activation."""
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        attributes = vars(layer)
+        kept = attributes.get(activation)
+        attributes[activation] = None
+        try:
+            return type(layer).call(layer, *args, **kwargs)
+        finally:
+            attributes[activation] = kept
+
+    return call
+
+
+def rehearse_model(
+    model: Any, sizes: Shape, calls: Iterable[tuple[Any, Callable[..., Any]]]
+) -> None:
+    """Calls a model once as it is trained, on inputs of the shapes it was built for.
+
+    Args:
+        model: a built model.
+        sizes: what an unknown number of rows, and any other unknown size, is taken to be.
+        calls: layers, and what is called in place of their `call`.
+
+    Raises:
+        Exception: whatever the model raises, or if what it takes is not known.
+    """
+    owners = walk_layers(model)
+    training = {"training": True} if model._call_has_training_arg else {}
+    with restored(owners, trained=False), rehearsal(owners, calls=calls):
+        positional, named = _inputs_of(model, sizes)
+        model(*positional, **named, **training)
+
+
+def _inputs_of(model: Any, sizes: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def empty(shape: Any, dtype: Any) -> torch.Tensor:
+        known = [sizes[min(i, 1)] if size is None else size for i, size in enumerate(shape)]
+        return keras.ops.zeros(known, dtype)
+
+    struct = getattr(model, "_inputs_struct", None)
+    if struct is None and isinstance(model, keras.Sequential) and model._functional is not None:
+        struct = model._functional._inputs_struct
+    if struct is not None:
+        given = keras.tree.map_structure(lambda t: empty(t.shape, t.dtype), struct)
+        return (given,), {}
+    shapes = dict(model._build_shapes_dict or {})
+    if not shapes:
+        raise ValueError("the shapes of its inputs are not known")
+
+    def from_shape(shape: Any) -> Any:
+        if isinstance(shape, dict):
+            return {name: from_shape(entry) for name, entry in shape.items()}
+        if isinstance(shape, tuple | list) and any(isinstance(e, tuple | list) for e in shape):
+            return type(shape)(from_shape(entry) for entry in shape)
+        return empty(shape, model.input_dtype)
+
+    if len(shapes) == 1:
+        return (from_shape(*shapes.values()),), {}
+    return (), {n.removesuffix("_shape"): from_shape(s) for n, s in shapes.items()}
