@@ -21,7 +21,8 @@ from keras_tp.plans import (
     StylePlan,
     VariablePlan,
 )
-from keras_tp.regions import Call, Member, Proof, members_below, prove, shortened
+from keras_tp.regions import members_below, prove, shortened
+from keras_tp.rehearsal import Call, Member, Proof
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rehearsals import rehearse_model
 

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 from torch.distributed.tensor import Shard
 
 from keras_tp.calls import ShardCall, SharedCopies, Stage
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutWarning
-from keras_tp.regions import Call, Member, Proof, prove
+from keras_tp.regions import prove
+from keras_tp.rehearsal import Call, Member, Proof
 from keras_tp.seam.contexts import drawing_parts, is_stateless, is_symbolic, is_training
 from keras_tp.seam.layers import Owner, take_any_size, variables_of, walk_layers
 from keras_tp.seam.rehearsals import keras_mask
@@ -129,6 +131,8 @@ def _kind(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         mask = keras_mask(value)
         return value.shape, value.dtype, None if mask is None else (mask.shape, mask.dtype)
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype
     if isinstance(value, tuple | list):
         return type(value), tuple(map(_kind, value))
     if isinstance(value, dict):

@@ -12,91 +12,16 @@ The pairing of columns and rows is Megatron-LM's (Shoeybi et al. 2019, section 3
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.distributed.tensor import Shard
 
-from keras_tp.dry_runs import Local, LostTrack, Whole
-from keras_tp.flows import Flow, Unproven, even, tensors_in
-from keras_tp.layouts import Shape
-from keras_tp.plans import StylePlan
-from keras_tp.seam.layers import Owner, variables_of, walk_layers
-from keras_tp.seam.rehearsals import (
-    bare_call,
-    is_computed_again,
-    keras_mask,
-    rehearsal,
-    weight_without_values,
-    without_values,
-)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A layer that could hand on its output as a shard, or take its input as one.
-
-    Attributes:
-        number: its own among all members.
-        layer: the layer.
-        style: how it computes along the axis.
-        lookup: whether it looks up rows of a table (ids want no gradient).
-    """
-
-    number: int
-    layer: Any
-    style: StylePlan
-    lookup: bool = False
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What may stay sharded in one call of a layer, and what has to be done for it.
-
-    Attributes:
-        handed: members whose output stays a shard.
-        taken: members whose input comes as a shard.
-        readers: for each tensor that column layers read, the members that do, in order: its
-            gradient is summed once for all of them.
-        summed: numbers of weights, among those of the layer and what is below it, that are used
-            on shards, so that their gradients are summed over the ranks.
-        divided: layers (by their number below the layer) and attributes that count what is
-            sharded (heads), with the values they have for a shard.
-        draws: for each dropout in turn the sharded dim of what it is given, or None.
-        refused: members whose output is gathered, each with the reason.
-    """
-
-    handed: frozenset[int] = frozenset()
-    taken: frozenset[int] = frozenset()
-    readers: tuple[tuple[int, ...], ...] = ()
-    summed: frozenset[int] = frozenset()
-    divided: tuple[tuple[int, str, int], ...] = ()
-    draws: tuple[int | None, ...] = ()
-    refused: tuple[tuple[int, str], ...] = ()
-
-
-@dataclass
-class Call:
-    """One call of a layer, to look at.
-
-    Attributes:
-        owners: the layer and all below it.
-        call: what is called.
-        args, kwargs: what it is given; of tensors only shapes and dtypes matter.
-        members: of the layers below.
-        parts: number of ranks.
-        cut: ids of variables that are sharded, whose gradients cannot be summed besides.
-    """
-
-    owners: list[Owner]
-    call: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    members: Sequence[Member]
-    parts: int
-    cut: frozenset[int] = frozenset()
+from keras_tp.dry_runs import LostTrack, Whole
+from keras_tp.rehearsal import Call, Member, Proof, Rehearsal
+from keras_tp.seam.layers import Owner, walk_layers
+from keras_tp.seam.rehearsals import is_computed_again
+from keras_tp.shard_runs import Local
 
 
 def prove(call: Call) -> Proof:
@@ -140,22 +65,23 @@ def _prove(call: Call, divided: tuple[tuple[int, str, int], ...]) -> Proof:
     summed: set[int] = set()
     mixed: set[int] = set()
     try:
-        whole = _Rehearsal(call, Whole(), (), refused, summed)
+        whole = Rehearsal(call, Whole(), (), refused, summed)
         whole.run()
     except Exception as error:
         reason = f"it cannot be called without values ({shortened(error)})"
         return Proof(refused=tuple((m.number, reason) for m in call.members))
+    everyone = {m.number for m in call.members if isinstance(m.style.output, Shard)}
     while True:
         local = Local(whole.watch.events, call.parts)
         local.mixed |= mixed
-        rehearsal = _Rehearsal(call, local, divided, refused, summed)
+        rehearsal = Rehearsal(call, local, divided, refused, summed)
         try:
             rehearsal.run()
         except LostTrack as lost:
-            local.refused |= {n: str(lost) for n in local.started - refused.keys()}
+            local.refuse_all(everyone - refused.keys(), str(lost))
         except Exception as error:
             reason = f"it cannot be called on shards ({shortened(error)})"
-            local.refused |= dict.fromkeys(local.started - refused.keys(), reason)
+            local.refuse_all(everyone - refused.keys(), reason)
         new = {n: reason for n, reason in local.refused.items() if n not in refused}
         sums = (summed | local.summed) - local.mixed
         if not new and sums == summed and local.mixed == mixed:
@@ -169,152 +95,6 @@ def shortened(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = re.sub(r"0x[0-9a-f]+", "0x", lines[0][:120] if lines else "")
     return f"{type(error).__name__}: {text}"
-
-
-@dataclass
-class _Rehearsal:
-    """One of the two runs of a call."""
-
-    request: Call
-    watch: Whole | Local
-    divided: tuple[tuple[int, str, int], ...]
-    refused: dict[int, str]
-    summed: set[int]
-    handed: set[int] = field(default_factory=set)
-    taken: dict[int, bool] = field(default_factory=dict)
-    readers: dict[int, list[int]] = field(default_factory=dict)
-    draws: list[int | None] = field(default_factory=list)
-
-    def run(self) -> None:
-        """Calls the layer, and everything is as before."""
-        call, watch = self.request, self.watch
-        variables = variables_of(call.owners)
-        weights = [weight_without_values(v) for v in variables]
-        args, kwargs = without_values((call.args, call.kwargs), {})
-        calls = [(member.layer, self._call_of(member)) for member in call.members]
-        layers = [owner.layer for owner in call.owners]
-        attributes = [(layers[n], name, value) for n, name, value in self.divided]
-        inputs = tensors_in((args, kwargs))
-        inputs += [mask for t in inputs if (mask := keras_mask(t)) is not None]
-        if isinstance(watch, Local):
-            for tensor in inputs:
-                watch.set_flow(tensor, Flow(grad=tensor.is_floating_point(), weights=None))
-            for number, (v, tensor) in enumerate(zip(variables, weights, strict=True)):
-                partial = number in self.summed
-                known = None if id(v) in call.cut else frozenset([number])
-                flow = Flow(grad=bool(v.trainable), partial=partial, weights=known)
-                watch.set_flow(tensor, flow)
-        else:
-            for tensor in (*inputs, *weights):
-                watch.numbers.of(tensor)
-        open_rehearsal = rehearsal(
-            call.owners, zip(variables, weights, strict=True), calls, attributes, self
-        )
-        with open_rehearsal, watch:
-            result = call.call(*args, **kwargs)
-        if isinstance(watch, Local):
-            self._check_end(watch, result)
-
-    def _check_end(self, watch: Local, result: Any) -> None:
-        if watch.position != len(watch.events):
-            raise LostTrack("on shards it does less")
-        for tensor in tensors_in(result):
-            flow = watch.flow_of(tensor)
-            if flow.local:
-                watch.refuse([flow], "it leaves the layer above")
-
-    def _call_of(self, member: Member) -> Callable[..., torch.Tensor]:
-        bare = bare_call(member.layer)
-        activation = None if member.lookup else member.layer.activation
-
-        def call(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            name, watch = f"layer {member.number}", self.watch
-            if isinstance(watch, Whole):
-                with watch.resting():
-                    y = bare(inputs, *args, **kwargs)
-                watch.note(name, None, [inputs], [y])
-            else:
-                event = watch.next_event(name, [inputs])
-                y = self._pass(watch, member, inputs, event.out[0], event.dtypes[0])
-            return y if activation is None else activation(y)
-
-        return call
-
-    def _pass(
-        self, watch: Local, member: Member, x: torch.Tensor, out: Shape, dtype: torch.dtype
-    ) -> torch.Tensor:
-        style, number = member.style, member.number
-        flow = watch.flow_of(x)
-        taken = isinstance(style.input, Shard) and flow.dim == style.input.dim % x.dim()
-        if flow.local and not taken:
-            watch.refuse([flow], f"'{member.layer.path}' takes it whole, or cut along another dim")
-        if self.taken.setdefault(number, taken) != taken:
-            watch.refuse([flow], f"'{member.layer.path}' is called with a shard and with a whole")
-        if not taken and not isinstance(style.input, Shard) and not member.lookup:
-            readers = self.readers.setdefault(watch.numbers.of(x), [])
-            if flow.grad and number not in readers:
-                readers.append(number)
-        dim = None
-        shape = out
-        if isinstance(style.output, Shard) and number not in self.refused:
-            dim = style.output.dim % len(out)
-            try:
-                shape = even(out, dim, self.request.parts)
-            except Unproven as reason:
-                watch.refused[number] = str(reason)
-                dim = None
-        with watch.resting():
-            y = torch.empty(shape, dtype=dtype, device="meta")
-        origins: frozenset[int] = frozenset() if dim is None else frozenset([number])
-        watch.set_flow(y, Flow(dim, grad=True, origins=origins, weights=None))
-        if dim is not None:
-            self.handed.add(number)
-        return y
-
-    def dropout(
-        self, draw: Callable[..., torch.Tensor], inputs: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """See `keras_tp.seam.rehearsals.Watch`."""
-        watch = self.watch
-        if watch.is_resting:
-            return draw(inputs, *args, **kwargs)
-        with watch.resting():
-            y = draw(inputs, *args, **kwargs)
-        if isinstance(watch, Whole):
-            watch.note("random.dropout", None, [inputs], [y])
-            return y
-        event = watch.next_event("random.dropout", [inputs])
-        flow = watch.flow_of(inputs)
-        shaped = (args[1:2] or [kwargs.get("noise_shape")])[0]
-        if flow.partial or (flow.dim is not None and shaped is not None):
-            watch.refuse([flow], "dropout with a noise shape")
-        elif tuple(y.shape) != (
-            event.out[0] if flow.dim is None else even(event.out[0], flow.dim, self.request.parts)
-        ):
-            raise LostTrack("dropout of another shape")
-        watch.set_flow(y, flow)
-        self.draws.append(flow.dim)
-        return y
-
-    def own_gradient(self, name: str, given: Any) -> None:
-        """See `keras_tp.seam.rehearsals.Watch`."""
-        if isinstance(self.watch, Local) and not self.watch.is_resting:
-            flows = [self.watch.flow_of(t) for t in tensors_in(given)]
-            local = [flow for flow in flows if flow.local]
-            if local:
-                self.watch.refuse(local, f"{name} has a gradient of its own")
-
-    def proof(self) -> Proof:
-        """What this run, in which nothing was in the way, has shown."""
-        return Proof(
-            handed=frozenset(self.handed),
-            taken=frozenset(n for n, taken in self.taken.items() if taken),
-            readers=tuple(tuple(numbers) for numbers in self.readers.values() if numbers),
-            summed=frozenset(self.summed),
-            divided=self.divided,
-            draws=tuple(self.draws),
-            refused=tuple(sorted(self.refused.items())),
-        )
 
 
 def members_below(layer: Any, members: Sequence[Member]) -> tuple[list[Owner], list[Member]]:

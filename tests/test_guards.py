@@ -38,7 +38,9 @@ DECIDE = {
     "planner",
     "problems",
     "regions",
+    "rehearsal",
     "rounding",
+    "shard_runs",
     "tables",
 }
 SEAM = {
@@ -128,6 +130,8 @@ def test_decide_never_imports_act() -> None:
         ("problems", "seam.layers"),
         ("regions", "seam.layers"),
         ("regions", "seam.rehearsals"),
+        ("rehearsal", "seam.layers"),
+        ("rehearsal", "seam.rehearsals"),
     }
 
 

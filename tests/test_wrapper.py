@@ -69,7 +69,7 @@ def test_collectives_are_those_of_the_plan(fake_ranks: Any, size: int) -> None:
     with Collectives() as counted:
         out.sum().backward()
     assert counted == plan.collectives("backward")
-    assert set(counted) == {"all_reduce", "all_gather"}
+    assert set(counted) == {"all_reduce"}
 
 
 def test_a_training_step_costs_what_the_plan_says(fake_ranks: Any) -> None:

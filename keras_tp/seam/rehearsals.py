@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import keras
+import numpy as np
 import torch
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope
@@ -142,10 +143,12 @@ def without_values(nest: Any, seen: dict[int, torch.Tensor]) -> Any:
     """
 
     def made(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, torch.Tensor | np.ndarray):
             return leaf
         if id(leaf) not in seen:
-            empty = torch.empty(leaf.shape, dtype=leaf.dtype, device=META)
+            # (A functional model makes a tensor of an array first of all.)
+            dtype = torch.as_tensor(leaf[:0]).dtype if leaf.ndim else torch.as_tensor(leaf).dtype
+            empty = torch.empty(leaf.shape, dtype=dtype, device=META)
             seen[id(leaf)] = empty
             mask = keras_mask(leaf)
             if mask is not None:
@@ -162,7 +165,7 @@ def weight_without_values(variable: Any) -> torch.Tensor:
         return torch.empty(tuple(variable.shape), dtype=shown.dtype, device=META)
 
 
-def keras_mask(tensor: torch.Tensor) -> Any:
+def keras_mask(tensor: Any) -> Any:
     """The mask that Keras has put on a tensor, or None."""
     return getattr(tensor, "_keras_mask", None)
 
