@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
@@ -122,6 +123,8 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
         ctx.axis = axis
+        if torch.compiler.is_compiling():
+            return functional.all_reduce(x.contiguous(), "sum", axis.group_name)
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=axis.group)
         return out
@@ -265,12 +268,24 @@ def join(x: torch.Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> torch
     x = padded(x, dim, max(sizes))
     # (Only what cannot travel otherwise goes as bytes: torch's compiler gets the views wrong.)
     mine = x if x.dtype in _TRAVEL else x.reshape(-1).view(torch.uint8)
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine, group=axis.group)
+    parts = gather_parts(mine, axis)
     if mine is not x:
         parts = [part.view(x.dtype).reshape(x.shape) for part in parts]
     placed = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
     return torch.cat(placed, dim)
+
+
+def gather_parts(x: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
+    """Every rank's `x`, of one shape, in the order of ranks in the group; one all-gather.
+
+    What a compiler traces are torch's functional collectives, which it puts into its graph.
+    """
+    if torch.compiler.is_compiling():
+        flat = functional.all_gather_tensor(x.reshape(-1), 0, axis.group_name)
+        return [part.reshape(x.shape) for part in flat.chunk(axis.size)]
+    parts = [torch.empty_like(x) for _ in range(axis.size)]
+    dist.all_gather(parts, x, group=axis.group)
+    return parts
 
 
 def gather_numbers(numbers: Sequence[int], axis: Axis | None = None) -> list[list[int]]:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import torch
 from torch.distributed.tensor import Shard
@@ -67,6 +66,9 @@ class RegionCall:
         proof = self._proof_of(args, kwargs)
         if not proof.taken:
             return self.original(*args, **kwargs)
+        return self._call_open(proof, args, kwargs)
+
+    def _call_open(self, proof: Proof, args: Any, kwargs: Any) -> Any:
         copies = SharedCopies(self.axis)
         divided = [(vars(self.owners[n].layer), name, value) for n, name, value in proof.divided]
         before = [attributes[name] for attributes, name, _ in divided]
@@ -76,10 +78,10 @@ class RegionCall:
         for attributes, name, value in divided:
             attributes[name] = value
         try:
-            with (
-                drawing_parts(Draws(self.axis, proof.draws) if any_cut(proof) else None),
-                copied_on_read(summed, copies.of),
-            ):
+            if not summed and all(dim is None for dim in proof.draws):
+                return self.original(*args, **kwargs)
+            draws = Draws(self.axis, proof.draws)
+            with drawing_parts(draws), copied_on_read(summed, copies.of):
                 return self.original(*args, **kwargs)
         finally:
             for _, stage in self.members:
@@ -89,6 +91,12 @@ class RegionCall:
 
     def _proof_of(self, args: Any, kwargs: Any) -> Proof:
         kind = kind_of(args, kwargs)
+        if torch.compiler.is_compiling():
+            # A compiler cannot look; what was not looked at before is gathered.
+            for known, proof in self.proofs.items():
+                if known == kind:
+                    return proof
+            return Proof()
         proof = self.proofs.get(kind)
         if proof is None:
             proof = self.proofs[kind] = self._prove(args, kwargs)
@@ -113,33 +121,26 @@ class RegionCall:
         return proof
 
 
-def any_cut(proof: Proof) -> bool:
-    """Whether numbers are drawn for shards."""
-    return any(dim is not None for dim in proof.draws)
-
-
 def kind_of(args: Any, kwargs: Any) -> Any:
     """What may decide which way the code goes, or what it gives; but for values of tensors."""
-    return tuple(map(_kind, args)), tuple((n, _kind(v)) for n, v in kwargs.items()), _around()
-
-
-def _around() -> Any:
-    return is_training(), keras.config.is_flash_attention_enabled()
+    names = tuple(kwargs)
+    return tuple(map(_kind, args)), names, tuple(map(_kind, kwargs.values())), is_training()
 
 
 def _kind(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         mask = keras_mask(value)
-        return value.shape, value.dtype, None if mask is None else (mask.shape, mask.dtype)
+        kind = tuple(value.shape), str(value.dtype)
+        return kind if mask is None else (*kind, tuple(mask.shape), str(mask.dtype))
     if isinstance(value, np.ndarray):
-        return value.shape, value.dtype
+        return tuple(value.shape), "array"
     if isinstance(value, tuple | list):
-        return type(value), tuple(map(_kind, value))
+        return "list", tuple(map(_kind, value))
     if isinstance(value, dict):
-        return dict, tuple((name, _kind(entry)) for name, entry in value.items())
+        return "dict", tuple((name, _kind(entry)) for name, entry in value.items())
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return type(value), id(value)
+    return type(value).__name__, id(value)
 
 
 def share_region(layer: Any, members: Sequence[Member], axis: Axis) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
 
 from keras_tp.collectives import Axis, chunk_sizes, copy, join, padded, reduce
 
@@ -123,8 +124,12 @@ def _reduce_scatter(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
     # This rank's chunk along `dim` of the sum of every rank's `x`.
     sizes = chunk_sizes(x.shape[dim], axis)
     chunks = [padded(chunk, dim, sizes[0]) for chunk in x.split(sizes, dim)]
-    out = torch.empty_like(chunks[0])
-    dist.reduce_scatter(
-        out, [chunks[axis.order.index(i)] for i in range(axis.size)], group=axis.group
-    )
+    chunks = [chunks[axis.order.index(i)] for i in range(axis.size)]
+    if torch.compiler.is_compiling():
+        flat = torch.cat([chunk.reshape(-1) for chunk in chunks])
+        out = functional.reduce_scatter_tensor(flat, "sum", 0, axis.group_name)
+        out = out.reshape(chunks[0].shape)
+    else:
+        out = torch.empty_like(chunks[0])
+        dist.reduce_scatter(out, chunks, group=axis.group)
     return out.narrow(dim, 0, sizes[axis.rank]).contiguous()

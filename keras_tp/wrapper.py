@@ -106,6 +106,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
         replicas = Axis.of(mesh, plan.batch_axis)
         model.call = RowsCall(model, replicas, owners)
         feed_rows(model, replicas)
+    if plan.batch_axis is not None or plan.regions:
         try_before_compiling(model)
     if check_batches and dist.get_world_size() > 1:
         model.call = AgreedInputs(model)

@@ -7,7 +7,6 @@ rank's heads; without `attributes[name] = value` "gemma" cuts its heads in the w
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
 from typing import Any
@@ -18,9 +17,9 @@ import parity
 import pytest
 from counting import Collectives
 from keras_hub import models
-from hub.test_hub import casts_to_float64
 
 import keras_tp
+from hub.test_hub import casts_to_float64
 
 BLOCKS, VOCABULARY, TOKENS, CLASSES = 2, 30, 6, 7
 TEXT = {"vocabulary_size": VOCABULARY, "num_layers": BLOCKS, "hidden_dim": 16}
