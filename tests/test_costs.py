@@ -113,3 +113,20 @@ def test_shapes_of_all_ranks_are_those_of_each() -> None:
             assert found == tuple(local_shape(shape, layout, mesh, rank) for rank in mesh.ranks)
     v = keras_tp.VariablePlan("v", (7, 5), "float32", True, ("b", None), None, mesh)
     assert v.local_shapes == tuple(v.local_shape(rank) for rank in range(12))
+
+
+def test_an_optimizer_that_cannot_be_copied_says_so() -> None:
+    """Its slots were guessed to be Adam's."""
+
+    class Own(optimizers.SGD):
+        def __init__(self, needed: int) -> None:
+            super().__init__()
+
+    model = small()
+    model.compile(Own(1), "mse")
+    with pytest.raises(ValueError, match="optimizer Own cannot be copied by Keras"):
+        slots_of(model)
+    model.optimizer.build(model.trainable_variables)
+    planned = slots_of(model)
+    assert planned is not None
+    assert set(planned.counts) == {0}
