@@ -66,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     except LayoutError as error:
         sys.exit(f"keras-tp: {error}")
-    slots = slots_of(model)
+    slots = None
+    try:
+        slots = slots_of(model)
+    except ValueError as error:
+        print(f"note: {error} Counted are two slots for each variable.")
     files = [(options.html, ".html"), (options.json, ".json")]
     print("\n".join(summary(plan)) if any(path for path, _ in files) else plan)
     stored = stored_bytes(plan, plan.mesh.ranks[0], 2 if slots is None else slots)
