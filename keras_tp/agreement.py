@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from keras_tp.collectives import Axis, all_equal, gather_numbers
+from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
+from keras_tp.messages import all_equal, gather_numbers
 from keras_tp.plans import Plan
 from keras_tp.rows import Rows
 from keras_tp.seam.contexts import current_replicas, is_symbolic

@@ -16,10 +16,10 @@ import keras
 import torch.distributed as dist
 
 from keras_tp.agreement import first_difference
-from keras_tp.collectives import anywhere, broadcast_object
 from keras_tp.errors import LayoutError
 from keras_tp.files import FileWork
 from keras_tp.leading import held_together, lead
+from keras_tp.messages import anywhere, broadcast_object
 from keras_tp.seam.callbacks import (
     Attendance,
     derived_from_kerass,

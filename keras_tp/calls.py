@@ -16,9 +16,10 @@ import torch
 from keras import ops
 
 from keras_tp.collectives import Axis, copy, split
+from keras_tp.computations import Computation, Contraction
 from keras_tp.errors import LayoutWarning
 from keras_tp.layouts import chunk_bounds
-from keras_tp.plans import Computation, Contraction, StylePlan
+from keras_tp.plans import StylePlan
 from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import is_stateless, is_symbolic, reading_shards
 from keras_tp.seam.variables import ShardedVariable, gathered_once

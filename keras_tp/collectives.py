@@ -14,8 +14,6 @@ and costs nothing.
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +55,11 @@ class Axis:
     def size(self) -> int:
         """Number of ranks along the axis."""
         return len(self.order)
+
+    @property
+    def known_as(self) -> Any:
+        """What torch's functional collectives take for the group."""
+        return self.group_name
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -124,7 +127,7 @@ class _Reduce(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
         ctx.axis = axis
         if torch.compiler.is_compiling():
-            return functional.all_reduce(x.contiguous(), "sum", axis.group_name)
+            return functional.all_reduce(x.contiguous(), "sum", axis.known_as)
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=axis.group)
         return out
@@ -168,65 +171,6 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _Gather.apply(grad, ctx.dim, ctx.total, ctx.axis), None, None
-
-
-def broadcast(x: torch.Tensor) -> torch.Tensor:
-    """The first rank's `x`, in memory of its own, on every rank of the job. Collective.
-
-    Travels as bytes, so that any dtype can.
-    """
-    x = x.detach().clone(memory_format=torch.contiguous_format)
-    if x.numel():
-        dist.broadcast(x.reshape(-1).view(torch.uint8), src=0)
-    return x
-
-
-def broadcast_into(x: torch.Tensor) -> None:
-    """Writes the first rank's `x` into every rank's. Collective.
-
-    Args:
-        x: contiguous. Nothing else may live in its memory.
-    """
-    if x.numel():
-        dist.broadcast(x.detach().reshape(-1).view(torch.uint8), src=0)
-
-
-def broadcast_object(value: Any) -> Any:
-    """The first rank's `value`, on every rank of the job. Collective.
-
-    Travels pickled; for small things that are no tensors. Unlike torch's
-    `broadcast_object_list` it starts from this rank's own value, so that it
-    works on the virtual ranks of a fake group, whose broadcasts change nothing.
-    """
-    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    device = control_device()
-    length = torch.tensor([data.numel()], device=device)
-    dist.broadcast(length, src=0)
-    if dist.get_rank() > 0:
-        data = torch.cat([data, data.new_zeros(int(length))])[: int(length)]
-    data = data.to(device)
-    dist.broadcast(data, src=0)
-    return pickle.loads(data.cpu().numpy().tobytes())
-
-
-def all_equal(digest: bytes) -> bool:
-    """Whether every rank of the job gives the same `digest`. Collective."""
-    number = int.from_bytes(digest[:7], "big")
-    ends = torch.tensor([number, -number], device=control_device())
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    return ends.tolist() == [number, -number]
-
-
-def anywhere(holds: bool) -> bool:
-    """Whether `holds` is true on any rank of the job (a small all-reduce)."""
-    found = torch.tensor(int(holds), device=control_device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
-
-
-def control_device() -> torch.device:
-    """Where tensors must be that tell ranks about each other, given the group's backend."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 # The dtypes that gloo and NCCL both know.
@@ -281,22 +225,8 @@ def gather_parts(x: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
     What a compiler traces are torch's functional collectives, which it puts into its graph.
     """
     if torch.compiler.is_compiling():
-        flat = functional.all_gather_tensor(x.reshape(-1), 0, axis.group_name)
+        flat = functional.all_gather_tensor(x.reshape(-1), 0, axis.known_as)
         return [part.reshape(x.shape) for part in flat.chunk(axis.size)]
     parts = [torch.empty_like(x) for _ in range(axis.size)]
     dist.all_gather(parts, x, group=axis.group)
     return parts
-
-
-def gather_numbers(numbers: Sequence[int], axis: Axis | None = None) -> list[list[int]]:
-    """Each rank's `numbers`, in the order of the axis, or of the job's ranks (one all-gather).
-
-    Args:
-        numbers: as many on every rank, each of 63 bits.
-    """
-    mine = torch.tensor(numbers, dtype=torch.int64, device=control_device())
-    group = dist.group.WORLD if axis is None else axis.group
-    everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everywhere, mine, group=group)
-    found = torch.stack(everywhere).tolist()
-    return found if axis is None else [found[rank] for rank in axis.order]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from keras_tp.all_rows import computing_alike
 from keras_tp.checks import LayerCheck
-from keras_tp.collectives import control_device
+from keras_tp.messages import control_device
 from keras_tp.rounding import NUDGES, Nudge, allowed, difference, unit_of
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
 from keras_tp.seam.trials import gathered_instead, leaf_of, restored, shard_of

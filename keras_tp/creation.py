@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import torch.distributed as dist
 
-from keras_tp.collectives import broadcast, broadcast_into
 from keras_tp.distribution_lib import initialize
 from keras_tp.distributions import claimed_layout, given_layout, whole_layout
 from keras_tp.layouts import MeshShape, placements_of
 from keras_tp.mesh import check_ranks
+from keras_tp.messages import broadcast, broadcast_into
 from keras_tp.seam.distribution import Role, layout_of, set_distribution_of, set_layout
 from keras_tp.seam.layers import hook_layers
 from keras_tp.seam.updates import hook_optimizers

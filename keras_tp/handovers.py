@@ -13,14 +13,8 @@ from typing import Any
 
 from torch.distributed.tensor import Shard
 
-from keras_tp.plans import (
-    Computation,
-    LayerPlan,
-    Lookup,
-    Region,
-    StylePlan,
-    VariablePlan,
-)
+from keras_tp.computations import Computation, Lookup
+from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
 from keras_tp.seam.layers import Owner, variables_of

@@ -139,6 +139,25 @@ def local_shape(shape: Shape, layout: Layout, mesh: MeshShape, rank: int) -> Sha
     )
 
 
+def local_shapes(shape: Shape, layout: Layout, mesh: MeshShape) -> tuple[Shape, ...]:
+    """`local_shape` of every rank, in the order of the mesh.
+
+    Ranks that stand alike along the axes that cut share one computation (and one tuple).
+    """
+    cuts = [(i, mesh.axes.index(axis)) for i, axis in enumerate(layout) if axis is not None]
+    if all(shape[i] % mesh.sizes[axis] == 0 for i, axis in cuts):
+        return (local_shape(shape, layout, mesh, mesh.ranks[0]),) * len(mesh.ranks)
+    known: dict[tuple[int, ...], Shape] = {}
+    shapes = []
+    for rank in mesh.ranks:
+        where = mesh.coordinates(rank)
+        key = tuple(where[axis] for _, axis in cuts)
+        if key not in known:
+            known[key] = local_shape(shape, layout, mesh, rank)
+        shapes.append(known[key])
+    return tuple(shapes)
+
+
 def layout_problems(axes: Sequence[Any], shape: Shape, mesh: MeshShape) -> list[str]:
     """What is wrong with giving a tensor of `shape` the layout `axes`; empty when nothing is.
 

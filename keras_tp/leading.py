@@ -17,8 +17,8 @@ import keras
 import torch
 import torch.distributed as dist
 
-from keras_tp.collectives import anywhere, broadcast_object, control_device
 from keras_tp.errors import LayoutError
+from keras_tp.messages import anywhere, broadcast_object, control_device
 from keras_tp.seam.contexts import current_leader, led_by
 from keras_tp.seam.distribution import distribution_of, is_installed
 from keras_tp.seam.layers import calling, is_part, variables_of, walk_layers

@@ -10,12 +10,13 @@ from typing import Any
 import keras
 from torch.distributed.tensor import Shard
 
+from keras_tp.computations import Computation
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.handovers import Found, find_regions
 from keras_tp.layouts import MeshShape
 from keras_tp.optimizers import price_of
 from keras_tp.patterns import match_paths
-from keras_tp.plans import Collective, Computation, LayerPlan, Plan, StylePlan, VariablePlan
+from keras_tp.plans import Collective, LayerPlan, Plan, StylePlan, VariablePlan
 from keras_tp.problems import (
     captured_weights,
     check_model,

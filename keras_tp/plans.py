@@ -8,7 +8,9 @@ on whichever process they were made.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +18,8 @@ from typing import Any
 
 from torch.distributed.tensor.placement_types import Placement
 
-from keras_tp.layouts import Layout, MeshShape, Shape, local_shape, placements_of
+from keras_tp.computations import Computation
+from keras_tp.layouts import Layout, MeshShape, Shape, local_shape, local_shapes, placements_of
 
 
 @dataclass(frozen=True)
@@ -35,42 +38,6 @@ class Collective:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.of}"
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A layer that computes `activation(contract(x, kernel) + bias)`: Dense, EinsumDense.
-
-    Labels are one letter per dim; "..." stands for leading or trailing dims
-    that the kernel does not see.
-
-    Attributes:
-        input, kernel, output: labels of each.
-        bias: one label per dim of the bias.
-        equation: what `keras.ops.einsum` is given; empty for a matmul.
-        weights: names of the layer's weights that take part, the kernel first.
-    """
-
-    input: str
-    kernel: str
-    output: str
-    bias: str
-    equation: str
-    weights: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """A layer that computes `take(embeddings, ids, axis=0)` of a (vocabulary, width) table.
-
-    Attributes:
-        weights: names of the layer's weights that take part.
-    """
-
-    weights: tuple[str, ...] = ("embeddings",)
-
-
-Computation = Contraction | Lookup
 
 
 @dataclass(frozen=True)
@@ -142,7 +109,8 @@ class VariablePlan:
     @property
     def local_shapes(self) -> tuple[Shape, ...]:
         """Local shape of every rank, rank 0 first."""
-        return tuple(self.local_shape(rank) for rank in sorted(self.mesh.ranks))
+        shapes = local_shapes(self.shape, self.layout, self.mesh)
+        return tuple(s for _, s in sorted(zip(self.mesh.ranks, shapes, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -237,12 +205,12 @@ class Plan:
 
     def bytes_per_rank(self, rank: int) -> int:
         """Bytes of variables that `rank` stores (gradients and slots not counted)."""
-        return sum(math.prod(v.local_shape(rank)) * _itemsize(v.dtype) for v in self.variables)
+        return sum(math.prod(v.local_shape(rank)) * itemsize(v.dtype) for v in self.variables)
 
     @cached_property
     def full_bytes(self) -> int:
         """Bytes of all variables in one process."""
-        return sum(math.prod(v.shape) * _itemsize(v.dtype) for v in self.variables)
+        return sum(math.prod(v.shape) * itemsize(v.dtype) for v in self.variables)
 
     def collectives(self, phase: str) -> Counter[str]:
         """How many collectives of each kind the layers cause in `phase`.
@@ -270,6 +238,30 @@ class Plan:
             "notes": list(self.notes),
         }
 
+    def save(self, path: str | os.PathLike[str], *, slots_per_variable: Any = 2) -> None:
+        """Writes the plan as a page to look at (`.html`), or as JSON (`.json`).
+
+        The page is one file that needs nothing else. A file of that name is replaced
+        once the new one is whole.
+
+        Args:
+            path: where to.
+            slots_per_variable: what the optimizer keeps of each trained variable, for the
+                page's memory; see `keras_tp.costs.stored_bytes`.
+
+        Raises:
+            ValueError: another ending.
+        """
+        from keras_tp.pages import plan_page, write_whole
+
+        ending = os.path.splitext(path)[1].lower()
+        if ending in (".html", ".htm"):
+            write_whole(path, plan_page(self, slots_per_variable))
+        elif ending == ".json":
+            write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        else:
+            raise ValueError(f"a plan is saved as .html or .json, not as {str(path)!r}.")
+
     def __str__(self) -> str:
         from keras_tp.tables import plan_table
 
@@ -285,7 +277,8 @@ def _plain(value: Any, leave_out: str = "") -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def _itemsize(dtype: str) -> int:
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a Keras dtype as torch stores it."""
     if dtype == "bool":
         return 1
     if dtype in ("uint16", "uint32"):  # torch has neither; Keras stores the next wider

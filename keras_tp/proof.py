@@ -25,8 +25,8 @@ import keras
 import torch
 import torch.distributed as dist
 
-from keras_tp.collectives import control_device
 from keras_tp.errors import LayoutError
+from keras_tp.messages import control_device
 from keras_tp.rounding import NUDGES, Nudge, allowed, difference, unit_of
 from keras_tp.seam.contexts import current_replicas
 from keras_tp.seam.layers import Owner, metric_variables_of, states_of, variables_of

@@ -93,10 +93,8 @@ class RegionCall:
         kind = kind_of(args, kwargs)
         if torch.compiler.is_compiling():
             # A compiler cannot look; what was not looked at before is gathered.
-            for known, proof in self.proofs.items():
-                if known == kind:
-                    return proof
-            return Proof()
+            found = [proof for known, proof in self.proofs.items() if known == kind]
+            return found[0] if found else Proof()
         proof = self.proofs.get(kind)
         if proof is None:
             proof = self.proofs[kind] = self._prove(args, kwargs)

@@ -127,7 +127,7 @@ def _reduce_scatter(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
     chunks = [chunks[axis.order.index(i)] for i in range(axis.size)]
     if torch.compiler.is_compiling():
         flat = torch.cat([chunk.reshape(-1) for chunk in chunks])
-        out = functional.reduce_scatter_tensor(flat, "sum", 0, axis.group_name)
+        out = functional.reduce_scatter_tensor(flat, "sum", 0, axis.known_as)
         out = out.reshape(chunks[0].shape)
     else:
         out = torch.empty_like(chunks[0])

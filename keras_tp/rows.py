@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from keras_tp.collectives import Axis, control_device, join
+from keras_tp.collectives import Axis, join
+from keras_tp.messages import control_device
 from keras_tp.seam.weights import OF_THE_SHAPE, was_written
 
 

@@ -22,8 +22,9 @@ import keras
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
+from keras_tp.computations import Computation, Contraction, Lookup
 from keras_tp.layouts import Layout, Shape
-from keras_tp.plans import Collective, Computation, Contraction, Lookup, StylePlan
+from keras_tp.plans import Collective, StylePlan
 
 
 def computation_of(layer: Any) -> tuple[Computation | None, str]:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from keras_tp.collectives import Axis, broadcast, gather
+from keras_tp.collectives import Axis, gather
 from keras_tp.layouts import MeshShape, Shape, chunk_bounds
 from keras_tp.mesh import torch_mesh
+from keras_tp.messages import broadcast
 from keras_tp.row_collectives import gather_weight
 
 

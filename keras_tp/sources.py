@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from keras_tp.agreement import AgreedParts
 from keras_tp.batches import as_rows, as_tensors, kinds_of
-from keras_tp.collectives import Axis, gather_numbers
+from keras_tp.collectives import Axis
 from keras_tp.loaders import SharedLoader, check_sampler, share_loader
+from keras_tp.messages import gather_numbers
 from keras_tp.seam.data import feeding, hook_data
 
 

@@ -23,7 +23,8 @@ from torch.distributed.tensor.parallel import style as torch_style
 
 from keras_tp.calls import GatheredCall, Stage, shard_call
 from keras_tp.collectives import Axis, copy, gather, reduce, split
-from keras_tp.plans import Computation, StylePlan
+from keras_tp.computations import Computation
+from keras_tp.plans import StylePlan
 from keras_tp.seam.variables import ShardedVariable
 
 

@@ -79,7 +79,7 @@ def plan_table(plan: Plan) -> str:
     for layer in plan.layers:
         for row in _rows(plan, layer, marks):
             table.add_row(*row)
-    lines = _summary(plan)
+    lines = summary(plan)
     if marks:
         lines = [
             "why not better:",
@@ -120,7 +120,8 @@ def _count(counts: Counter[str]) -> str:
     return " + ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "nothing"
 
 
-def _summary(plan: Plan) -> list[str]:
+def summary(plan: Plan) -> list[str]:
+    """What a plan adds up to, and its notes, a sentence each."""
     sharded = sum(v.sharded for v in plan.variables)
     most = plan.bytes_per_rank(plan.mesh.ranks[0])
     lines = [

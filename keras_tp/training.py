@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.distributed.tensor import Replicate
 
-from keras_tp.collectives import broadcast_object
 from keras_tp.layouts import MeshShape
+from keras_tp.messages import broadcast_object
 from keras_tp.seam.optimizers import adopt_slots, optimizer_variables
 from keras_tp.seam.variables import (
     ShardedVariable,

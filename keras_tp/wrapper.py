@@ -18,6 +18,7 @@ from keras_tp.loops import watch_loops
 from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
+from keras_tp.problems import captured_weights
 from keras_tp.region_calls import share_region
 from keras_tp.replicas import RowsCall
 from keras_tp.rules import computation_of
@@ -135,14 +136,15 @@ def _store(variable: Any, shards: Shards) -> None:
 def _check_fits(plan: Plan, owners: list[Owner], variables: tuple[Any, ...]) -> None:
     wanted = [(v.path, v.shape) for v in plan.variables]
     found = [(v.path, tuple(v.shape)) for v in variables]
+    in_plan, in_model = set(wanted), set(found)
     problems = [
         f"the plan has {path!r} {shape}, the model has not."
         for path, shape in wanted
-        if (path, shape) not in set(found)
+        if (path, shape) not in in_model
     ] + [
         f"the model has {path!r} {shape}, the plan has not."
         for path, shape in found
-        if (path, shape) not in set(wanted)
+        if (path, shape) not in in_plan
     ]
     layers = [(layer.path, layer.kind) for layer in plan.layers]
     if not problems and (
@@ -157,3 +159,7 @@ def _check_fits(plan: Plan, owners: list[Owner], variables: tuple[Any, ...]) -> 
         ]
     if problems:
         raise LayoutError(problems, where="this plan: it was made for another model")
+    # A plan may have been made of a model without values, whose views are not all known.
+    captured = captured_weights(owners[0].layer, variables, list(plan.variables))
+    if captured:
+        raise LayoutError(captured, where="this model")

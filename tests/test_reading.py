@@ -23,7 +23,7 @@ from keras import layers, ops
 from torch.utils.checkpoint import checkpoint
 
 import keras_tp
-from keras_tp.collectives import broadcast_object
+from keras_tp.messages import broadcast_object
 from keras_tp.seam.variables import ShardedVariable, local_tensor
 from keras_tp.seam.weights import FullWeight
 

@@ -9,7 +9,7 @@ import pytest
 from keras import layers
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from keras_tp.plans import Contraction
+from keras_tp.computations import Contraction
 from keras_tp.rules import Weight, collectives_of, computation_of, style_along
 
 

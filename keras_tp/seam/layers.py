@@ -249,15 +249,19 @@ def captured_views(model: Any, variables: Iterable[Any]) -> list[tuple[str, Any]
     of that graph, which on torch is a view of the weight's memory. Gives the
     operation's name and the variable.
     """
-    by_memory = {v._value.untyped_storage().data_ptr(): v for v in variables}
-    by_memory.pop(0, None)  # what has no elements has no memory
+    by_memory = {_memory(v._value): v for v in variables if v._value.numel()}
     found = []
     for owner in walk_layers(model):
         for operation in getattr(owner.layer, "_operations", ()):
             for node in operation._inbound_nodes:
                 for leaf in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
                     if isinstance(leaf, torch.Tensor) and not isinstance(leaf, keras.Variable):
-                        variable = by_memory.get(leaf.untyped_storage().data_ptr())
+                        variable = by_memory.get(_memory(leaf))
                         if variable is not None:
                             found.append((operation.name, variable))
     return found
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What views of one memory have in common; on the meta device there is no address."""
+    return tensor.untyped_storage()._cdata

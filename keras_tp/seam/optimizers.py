@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras.src.backend.torch.core import device_scope
 
 from keras_tp.optimizers import inner_optimizers
 from keras_tp.seam.variables import (
@@ -65,3 +69,42 @@ def copy_layout(reference: Any, slot: Any) -> None:
     """Gives a slot the `keras.distribution` layout of its variable, if it has one."""
     if getattr(reference, "_layout", None) is not None:
         slot._layout = reference._layout
+
+
+def slots_kept(optimizer: Any, variables: Sequence[Any]) -> tuple[dict[int, int], int]:
+    """What an optimizer keeps, or will once built, of the `variables` it is to train.
+
+    One that is not built yet stays so: a copy is built, on the meta device, where
+    slots have shapes and no memory. (One that was itself made there is built; it can train
+    nothing, and has no values that could be copied.)
+
+    Returns:
+        By the id of a variable the number of slots in its shape, and the bytes of the
+        slots in other shapes.
+
+    Raises:
+        ValueError: one that is not built and of which Keras cannot make a copy.
+    """
+    if not optimizer.built:
+        if not any(v._value.is_meta for v in optimizer.variables):
+            optimizer = _copy_of(optimizer)
+        with device_scope("meta"):
+            optimizer.build(list(variables))
+    counts: Counter[int] = Counter()
+    others = 0
+    for slot, reference in optimizer_variables(optimizer):
+        if reference is not None:
+            counts[id(reference)] += 1
+        elif len(slot.shape) > 0:  # not the step count, the rate, the scale of losses
+            others += slot._value.untyped_storage().nbytes()
+    return counts, others
+
+
+def _copy_of(optimizer: Any) -> Any:
+    try:
+        return copy.deepcopy(optimizer)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer {type(optimizer).__name__} cannot be copied by Keras, so that what it "
+            "keeps is known only once it is built."
+        ) from error

@@ -1,0 +1,41 @@
+"""What a layer computes, in terms that sharding can be decided from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A layer that computes `activation(contract(x, kernel) + bias)`: Dense, EinsumDense.
+
+    Labels are one letter per dim; "..." stands for leading or trailing dims
+    that the kernel does not see.
+
+    Attributes:
+        input, kernel, output: labels of each.
+        bias: one label per dim of the bias.
+        equation: what `keras.ops.einsum` is given; empty for a matmul.
+        weights: names of the layer's weights that take part, the kernel first.
+    """
+
+    input: str
+    kernel: str
+    output: str
+    bias: str
+    equation: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A layer that computes `take(embeddings, ids, axis=0)` of a (vocabulary, width) table.
+
+    Attributes:
+        weights: names of the layer's weights that take part.
+    """
+
+    weights: tuple[str, ...] = ("embeddings",)
+
+
+Computation = Contraction | Lookup
