@@ -208,7 +208,8 @@ class Answers:
             return None
         from traffic import collectives
 
-        return collectives(lambda: self.training.run(1))
+        # The rarer step, in which keras_tp compares its batch over the ranks, has one more.
+        return min((collectives(lambda: self.training.run(1)) for _ in range(2)), key=len)
 
 
 def make_of(name: str) -> tuple[Callable[[Size], Any], str]:
