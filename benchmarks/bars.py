@@ -24,13 +24,13 @@ class Result:
         seconds: of a step, one number a round.
         peak, imports: bytes of resident memory of its fullest rank: at most, and once its
             packages were imported.
-        traffic: kind and bytes of each collective of a step, of the first rank; None if unknown.
+        traffic: kind and bytes of each collective of a step, of the first rank.
     """
 
     seconds: list[float]
     peak: int
     imports: int
-    traffic: list[tuple[str, int]] | None
+    traffic: list[tuple[str, int]]
 
     @property
     def median(self) -> float:

@@ -126,6 +126,14 @@ class JaxTraining(KerasTraining):
             _, self.state = self.model.train_function(self.state, iter([self.batch]))
         jax.block_until_ready(self.state)
 
+    def compiled_step(self) -> str:
+        """The program that a device runs, as XLA wrote it."""
+        import jax
+
+        shardings = None, jax.tree.map(lambda array: array.sharding, self.state)
+        step = jax.jit(self.model.train_step, donate_argnums=0, out_shardings=shardings)
+        return step.lower(self.state, self.batch).compile().as_text()
+
 
 def plain(size: Size) -> KerasTraining:
     return KerasTraining(encoder(size), size)

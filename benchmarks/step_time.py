@@ -34,7 +34,8 @@ costs ten times as much.
 
 Memory is the peak of resident memory (VmHWM) since the warm-up, of the fullest rank; beside it,
 what is there once packages are imported. Collectives are counted over one step, forward and
-backward, with the bytes that a rank gives to them (`traffic.py`).
+backward, with the bytes that a rank gives to them (`traffic.py`); JAX's in the program that XLA
+has compiled (`hlo.py`).
 
 The exit status is 1 if a bar (`bars.py`) is missed, or losses differ. What cannot run is left out
 and says why. A record and a picture are written by a run of all sizes and contestants.
@@ -67,7 +68,7 @@ WARM_UP = 3
 ALLOWED = 1e-4  # difference of losses
 
 
-class Round:
+class Contest:
     """The contestants of one size, alive.
 
     Args:
@@ -171,9 +172,7 @@ def table_of(results: dict[str, Result]) -> str:
     return render(table)
 
 
-def traffic_text(traffic: list[tuple[str, int]] | None) -> tuple[str, str]:
-    if traffic is None:
-        return "not seen", ""
+def traffic_text(traffic: list[tuple[str, int]]) -> tuple[str, str]:
     kinds = Counter(kind for kind, _ in traffic)
     text = " + ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return text or "none", size_text(sum(count for _, count in traffic))
@@ -194,7 +193,7 @@ def lost_to_one_process(results: dict[str, Result]) -> list[str]:
 def measure(options: argparse.Namespace, title: str, size: Size) -> Any:
     """What is printed of one size, what was measured, and what is wrong."""
     names = [name for name in CONTESTANTS if not options.only or name in options.only]
-    contest = Round(options, size, names)
+    contest = Contest(options, size, names)
     try:
         seconds = contest.times(options.rounds, options.steps)
         found = {name: contest.result(name, seconds[name]) for name in list(contest.jobs)}

@@ -104,7 +104,7 @@ def test_step_time_finds_other_losses() -> None:
         sys.path.append(str(BENCHMARKS))
     import step_time
 
-    contest = object.__new__(step_time.Round)
+    contest = object.__new__(step_time.Contest)
     contest.losses = {"hand-written": [2.0, 1.0], "keras_tp": [2.0, 1.0], "jax": [2.0, 1.001]}
     assert list(contest.wrong()) == ["jax"]
     contest.losses["keras_tp"] = [2.0, float("nan")]
