@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 # Okabe and Ito's, which colour-blind people tell apart: ours, other ways on two ranks, one process.
 OURS, TWO, ONE = "#0072B2", "#E69F00", "#BBBBBB"
-CUT = 6.0  # where an axis ends; a longer bar is cut, and its number says so
+CUT = 5.0  # where an axis ends; a longer bar is cut, and its number says so
 
 
 def draw(path: Path, results: dict[str, dict[str, Result]]) -> None:
@@ -34,18 +34,18 @@ def draw(path: Path, results: dict[str, dict[str, Result]]) -> None:
         by_hand = of_size["hand-written"]
         for row, name in enumerate(names):
             if name not in of_size:
-                panel.text(0.05, row, "did not run", va="center", color="#666666")
+                panel.text(1.1, row, "did not run", va="center", color="#666666")
                 continue
             low, middle, high = spread(of_size[name].ratios(by_hand))
             shown = min(middle, CUT)
             panel.barh(row, shown, color=colour(name), height=0.7)
             if high <= CUT:
                 panel.plot([low, high], [row, row], color="black", linewidth=1)
-            more = " >" if middle > CUT else ""
+            more = ", cut" if middle > CUT else ""
             panel.text(max(shown, min(high, CUT)) + 0.08, row, f"{middle:.2f}{more}", va="center")
         panel.axvline(1, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
         panel.set_title(f"{title}: {1e3 * by_hand.median:.0f} ms by hand")
-        panel.set_xlim(0, CUT + 1)
+        panel.set_xlim(0, 1.25 * CUT)
         panel.set_yticks(range(len(names)), [CONTESTANTS[name].title for name in names])
         panel.tick_params(axis="y", length=0)
     panels[0].invert_yaxis()
