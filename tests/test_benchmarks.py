@@ -77,3 +77,35 @@ def test_memory_finds_growth() -> None:
     model.optimizer.apply = apply
     steps = SMALL.steps - memory_benchmark().EARLY
     assert memory_benchmark().train(SMALL, model, 4).growth == steps * 4000
+
+
+def test_step_time_compares_what_computes_the_same() -> None:
+    """Two ranks by hand, by torch and by keras_tp: their losses, and what they communicate.
+
+    (How long they take is nothing to go by here, nor is the exit status.)
+    """
+    command = [sys.executable, BENCHMARKS / "step_time.py", "--sizes", "32,64,2,8,4,2"]
+    command += ["--rounds", "1", "--steps", "1", "--print-only"]
+    command += ["--only", "hand-written", "parallelize_module", "keras_tp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert "the same for all" in done.stdout, done.stdout + done.stderr
+    row = r"^(torch, by hand|torch, parallelize_module|keras_tp) +[\d.]+ .* (\d+) all_reduce"
+    found = dict(re.findall(row, done.stdout, re.MULTILINE))
+    assert set(found) == {"torch, by hand", "torch, parallelize_module", "keras_tp"}, done.stdout
+    # Megatron's count: two forward and two backward a block.
+    assert int(found["torch, by hand"]) == 8
+    assert int(found["keras_tp"]) >= 8
+    assert re.search(r"keras_tp +torch, by hand +<= 1.1 +[\d.]+ +(yes|NO)", done.stdout)
+
+
+def test_step_time_finds_other_losses() -> None:
+    """A contestant that computes something else has won nothing."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    import step_time
+
+    contest = object.__new__(step_time.Contest)
+    contest.losses = {"hand-written": [2.0, 1.0], "keras_tp": [2.0, 1.0], "jax": [2.0, 1.001]}
+    assert list(contest.wrong()) == ["jax"]
+    contest.losses["keras_tp"] = [2.0, float("nan")]
+    assert list(contest.wrong()) == ["keras_tp", "jax"]
