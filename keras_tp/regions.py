@@ -94,9 +94,8 @@ def shortened(error: Exception) -> str:
     """An error in a line, the same on every rank."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Exception encountered when calling"):
-        lines = [
-            re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines[1:]
-        ]  # what Keras has put around it
+        # What Keras has put around it goes.
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines[1:]]
     text = re.sub(r"0x[0-9a-f]+", "0x", lines[0][:120] if lines else "")
     return f"{type(error).__name__}: {text}"
 
