@@ -57,6 +57,7 @@ SEAM = {
     "seam.devices",
     "seam.distribution",
     "seam.dropout",
+    "seam.fused",
     "seam.layers",
     "seam.optimizers",
     "seam.rehearsals",
