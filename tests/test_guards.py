@@ -43,6 +43,7 @@ DECIDE = {
     "optimizers",
     "planner",
     "problems",
+    "reasons",
     "regions",
     "rehearsal",
     "rounding",
