@@ -1,9 +1,9 @@
 """What is said of a function on shards is what it does on shards: on values, for every rule.
 
 The bug that this catches: a rule that lets a shard through where ranks needed each other's parts.
-With each of these rules made to let everything through, tests failed: `_at`, `_reduced`, `_reshaped`,
-`_einsum`, `_attention`, `_indexed`, `_pieces`, `_unbound`, `_concatenated`, `_repeated`, `_triangle`. Of
-the others the shapes tell, which are compared whatever a rule says.
+With each of these rules made to let everything through, tests failed: `_at`, `_reduced`,
+`_reshaped`, `_einsum`, `_attention`, `_indexed`, `_pieces`, `_unbound`, `_concatenated`,
+`_repeated`, `_triangle`. Of the others the shapes tell, which are compared whatever a rule says.
 """
 
 from __future__ import annotations
