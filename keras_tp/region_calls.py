@@ -32,6 +32,9 @@ from keras_tp.seam.rehearsals import keras_mask
 from keras_tp.seam.trials import restored
 from keras_tp.seam.variables import copied_on_read, sharding_of
 
+# Kinds of calls of a layer that are looked at. A number that counts tokens makes one of each.
+MOST_KINDS = 256
+
 
 class Draws:
     """See `keras_tp.seam.contexts.Parts`."""
@@ -112,6 +115,9 @@ class RegionCall:
             found = [proof for known, proof in self.proofs.items() if known == kind]
             return found[0] if found else Proof()
         proof = self.proofs.get(kind)
+        if proof is None and len(self.proofs) == MOST_KINDS:
+            self._tell(f"it has been called in {MOST_KINDS} ways, and no more are looked at")
+            return Proof()
         if proof is None:
             proof = self.proofs[kind] = self._prove(args, kwargs)
         return proof
@@ -122,17 +128,22 @@ class RegionCall:
         call = Call(self.owners, self.original, args, kwargs, members, self.axis.size, cut)
         with restored(self.owners, trained=False):
             proof = prove(call)
-        if proof.refused and not self.told:
-            self.told = True
+        if proof.refused:
             paths = {m.number: m.layer.path for m in members}
             said = "; ".join(f"'{paths[n]}': {reason}" for n, reason in proof.refused)
-            warnings.warn(
-                f"in this call of '{self.layer.path}' outputs are gathered that were planned to "
-                f"stay sharded: {said}. The numbers are the same.",
-                LayoutWarning,
-                stacklevel=2,
-            )
+            self._tell(said)
         return proof
+
+    def _tell(self, reason: str) -> None:
+        if self.told:
+            return
+        self.told = True
+        warnings.warn(
+            f"in this call of '{self.layer.path}' outputs are gathered that were planned to stay "
+            f"sharded: {reason}. The numbers are the same.",
+            LayoutWarning,
+            stacklevel=2,
+        )
 
 
 def kind_of(args: Any, kwargs: Any) -> Any:

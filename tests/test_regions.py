@@ -1,8 +1,8 @@
 """Where layers hand each other shards, and where they must not: the same numbers either way.
 
-Seen to fail: `_sum_gradients` in keras_tp/shard_runs.py doing nothing ("a scale"), `_values` not
-compared ("a count of features"), `_check_end` left out ("hidden states given out"),
-`own_gradient` doing nothing ("a gradient of its own"), `next_dim` giving 0 ("dropout").
+Seen to fail: `_sum_gradients` in keras_tp/shard_runs.py summing nothing ("a scale"), numbers not
+compared ("heads that are counted"), `check_gradients` doing nothing ("a gradient of its own"),
+`next_dim` giving 1, and `skip` doing nothing (dropout), `_check_end` left out ("given out").
 """
 
 from __future__ import annotations
@@ -94,6 +94,11 @@ def by_size(layer: Any, x: Any, training: Any) -> Any:
     return layer.down(h * 3 if h.shape[-1] > 6 else h)
 
 
+def given_out(layer: Any, x: Any, training: Any) -> Any:
+    h = ops.relu(layer.up(x))
+    return layer.down(h), h
+
+
 def by_value(layer: Any, x: Any, training: Any) -> Any:
     h = layer.up(x)
     return layer.down(h * 3 if float(ops.sum(ops.stop_gradient(h))) > 0 else h)
@@ -132,11 +137,12 @@ CASES: dict[str, tuple[Callable[[Any, Any, Any], Any], Any, bool]] = {
     "written into": (written, (), False),
     "another way for another size": (by_size, (), False),
     "another way for another value": (by_value, (), False),
-    "hidden states given out": (
+    "hidden states joined": (
         lambda y, x, t: ops.concatenate([y.down(y.up(x)), y.up(x)], -1),
         (),
         False,
     ),
+    "hidden states given out": (given_out, (), False),
     "called again": (lambda y, x, t: y.down(ops.relu(y.up(x))) + y.down(y.up(-x)), (), True),
     "whole and shard": (
         lambda y, x, t: y.down(y.up(x)) + y.down(ops.tile(x, 2)[..., :8]),
@@ -149,7 +155,8 @@ CASES: dict[str, tuple[Callable[[Any, Any, Any], Any], Any, bool]] = {
 def build(name: str) -> Any:
     between, weights, _ = CASES[name]
     x = keras.Input((3, WIDTH))
-    return keras.Model(x, layers.Dense(4)(Between(between, weights)(x)))
+    outputs = keras.tree.flatten(Between(between, weights)(x))
+    return keras.Model(x, layers.Dense(4)(layers.Concatenate()([*outputs, outputs[0]])))
 
 
 def data() -> tuple[Any, Any]:
