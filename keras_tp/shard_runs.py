@@ -107,7 +107,7 @@ class Local(Run):
         given = tensors_in((args, kwargs))
         failure = None
         try:
-            result = func(*args, **kwargs)
+            result = self._apart(name_of(func), args, func(*args, **kwargs))
             out = tensors_in(result)
         except Exception as error:  # what cannot be done on shards is done on the whole
             failure, result, out = error, None, []
