@@ -106,10 +106,11 @@ class RegionCall:
         call = Call(self.owners, self.original, args, kwargs, members, self.axis.size, cut)
         with restored(self.owners, trained=False):
             proof = prove(call)
-        if proof.refused and not self.told:
+        paths = {m.number: m.layer.path for m, stage in self.members if stage.plan.kept}
+        refused = [(paths[n], reason) for n, reason in proof.refused if n in paths]
+        if refused and not self.told:
             self.told = True
-            paths = {m.number: m.layer.path for m in members}
-            said = "; ".join(f"'{paths[n]}': {reason}" for n, reason in proof.refused)
+            said = "; ".join(f"'{path}': {reason}" for path, reason in refused)
             warnings.warn(
                 f"in this call of '{self.layer.path}' outputs are gathered that were planned to "
                 f"stay sharded: {said}. The numbers are the same.",
