@@ -289,9 +289,9 @@ def test_the_table_shows_what_was_decided() -> None:
     header = text.splitlines()[0]
     for title in ("layer", "style", "full", "local", "pattern", "forward", "backward", "why not"):
         assert title in header
-    up = next(line for line in text.splitlines() if line.startswith("up_0"))
-    for cell in ("column", "(16, 64)", "(16, 16)", "all_gather output", "all_reduce input grad"):
-        assert cell in up
+    head = next(line for line in text.splitlines() if line.startswith("head"))
+    for cell in ("column", "(16, 24)", "(16, 6)", "all_gather output", "all_reduce input grad"):
+        assert cell in head
     assert f"mesh batch=1, model=4: 23 of {len(plan.variables)} variables sharded" in text
 
 
