@@ -78,6 +78,7 @@ def _prove(
         reason = f"it cannot be called without values ({shortened(error)})"
         return Proof(refused=tuple((m.number, reason) for m in call.members))
     everyone = {m.number for m in call.members if isinstance(m.style.output, Shard)}
+    count = 1  # of shards that may have led astray: the last, the last two before, four, ...
     while True:
         local = Local(whole.watch.events, call.parts)
         local.mixed |= mixed
@@ -85,10 +86,12 @@ def _prove(
         try:
             rehearsal.run()
         except LostTrack as lost:
-            local.refuse_all(everyone - refused.keys(), str(lost))
+            local.refuse_last(everyone - refused.keys(), count, str(lost))
+            count *= 2
         except Exception as error:
             reason = f"it cannot be called on shards ({shortened(error)})"
-            local.refuse_all(everyone - refused.keys(), reason)
+            local.refuse_last(everyone - refused.keys(), count, reason)
+            count *= 2
         new = {n: reason for n, reason in local.refused.items() if n not in refused}
         sums = (summed | local.summed) - local.mixed
         if not new and sums == summed and local.mixed == mixed:

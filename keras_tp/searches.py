@@ -72,9 +72,7 @@ class Search:
         if (layer is not self.model and (len(inside) < 2 or numbers in self.tried)) or not inside:
             return
         self.tried.add(numbers)
-        cut = frozenset(
-            id(getattr(c.owner.layer, name)) for c in self.candidates.values() for name in c.shapes
-        )
+        cut = frozenset(id(v) for c in self.candidates.values() for v in c.owner.variables)
         parts = next(iter(inside.values())).parts
 
         def tried(starts: Mapping[int, str], gathering: bool) -> Paired:
@@ -110,8 +108,8 @@ class Search:
             new = {n: own[turn] for n, own in labels.items() if turn < len(own) and n not in pinned}
             if not new:
                 break
-            handing = {n: x for n, x in pinned.items() if any(n in g.handing for g in groups)}
-            paired = tried({**new, **handing}, False)
+            begun = {n for g in groups for n in g.handing - g.taking}
+            paired = tried({**new, **{n: pinned[n] for n in begun}}, False)
             if not turn:
                 self.reasons |= dict(paired.refused)
             found = grouped(paired, inside)

@@ -46,7 +46,7 @@ class Local(Run):
         self.refused: dict[int, str] = {}
         self.summed: set[int] = set()
         self.mixed: set[int] = set()
-        self.started: set[int] = set()
+        self.started: dict[int, None] = {}  # in their order
 
     def flow_of(self, tensor: torch.Tensor) -> Flow:
         """What is known of a tensor; one from elsewhere is a constant, if it has values.
@@ -66,7 +66,7 @@ class Local(Run):
         self.numbers.of(tensor)
         self.flows[id(tensor)] = flow
         if flow.dim is not None:
-            self.started |= flow.origins
+            self.started |= dict.fromkeys(sorted(flow.origins))
 
     def refuse(self, flows: list[Flow], reason: str) -> None:
         """Has the outputs be gathered that shards with these flows come from."""
@@ -81,9 +81,10 @@ class Local(Run):
         for origin in origins:
             self.refused.setdefault(origin, reason)
 
-    def refuse_all(self, numbers: Set[int], reason: str) -> None:
-        """Has all outputs be gathered that are shards by now; if none are, all of `numbers`."""
-        self.refused |= dict.fromkeys((self.started & numbers) or numbers, reason)
+    def refuse_last(self, numbers: Set[int], count: int, reason: str) -> None:
+        """Has outputs among `numbers` be gathered: the last that became shards, or else all."""
+        begun = [number for number in self.started if number in numbers]
+        self.refused |= dict.fromkeys(begun[-count:] or numbers, reason)
 
     def next_event(self, name: str, given: list[torch.Tensor]) -> Event:
         """The event of the other run that this one must be.

@@ -146,6 +146,37 @@ def test_a_softmax_in_between_ends_no_more_than_it_must() -> None:
     assert made.left["a/kernel"].endswith("softmax along the sharded dim")
 
 
+class Counting(layers.Layer):
+    """Goes round as often as its hidden units say, which is another number on shards."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.hidden = layers.Dense(24, name="hidden")
+        self.out = layers.Dense(WIDTH, name="out")
+
+    def build(self, shape: Any) -> None:
+        self.hidden.build(shape)
+        self.out.build((*shape[:-1], 24))
+
+    def call(self, x: Any) -> Any:
+        y = self.hidden(x)
+        for _ in range(y.shape[-1] // 6):
+            x = keras.ops.tanh(x)
+        return x + self.out(y)
+
+
+def test_code_that_is_lost_costs_its_own_layers_only() -> None:
+    """A layer whose code runs otherwise on shards keeps all that come before it whole."""
+    x = sequence()
+    y = layers.Dense(WIDTH, name="down_0")(layers.Dense(32, name="up_0")(x))
+    y = layers.Add()([y, Counting(name="counting")(y)])
+    y = layers.Dense(WIDTH, name="down_1")(layers.Dense(32, name="up_1")(y))
+    made = proposed(keras.Model(x, y))
+    columns, rows = ("up_0", "up_1"), ("down_0", "down_1")
+    assert styles(made) == dict.fromkeys(columns, "column") | dict.fromkeys(rows, "row")
+    assert "on shards it calls" in made.left["counting/hidden/kernel"]
+
+
 def test_gates_are_cut_together() -> None:
     """A gate left whole meets a shard, so that both are gathered."""
     x = sequence()
