@@ -21,6 +21,7 @@ from counting import Collectives
 from keras import layers
 
 import keras_tp
+from keras_tp import regions, searches
 from keras_tp.examples.llama_shape import llama
 from keras_tp.families import patterns_for
 from keras_tp.seam.devices import without_values
@@ -144,6 +145,46 @@ def test_a_softmax_in_between_ends_no_more_than_it_must() -> None:
     made = proposed(keras.Model(x, layers.Dense(8, name="c")(y)))
     assert styles(made) == {"b": "column", "c": "row"}
     assert made.left["a/kernel"].endswith("softmax along the sharded dim")
+
+
+class Pair(layers.Layer):
+    """A column and a row, if the activation between them treats hidden units alone."""
+
+    def __init__(self, activation: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.up = layers.Dense(24, activation, name="up")
+        self.down = layers.Dense(WIDTH, name="down")
+
+    def build(self, shape: Any) -> None:
+        self.up.build(shape)
+        self.down.build((*shape[:-1], 24))
+
+    def call(self, x: Any) -> Any:
+        return x + self.down(self.up(x))
+
+
+def stacked(*activations: str) -> Any:
+    x = y = sequence()
+    for i, activation in enumerate(activations):
+        y = Pair(activation, name=f"pair_{i}")(y)
+    return keras.Model(x, y)
+
+
+def test_blocks_alike_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 blocks that take 80 times as long."""
+    looks = []
+    monkeypatch.setattr(searches, "prove", lambda *given: looks.append(1) or regions.prove(*given))
+    made = proposed(stacked(*["relu"] * 12))
+    assert len(styles(made)) == 24
+    assert set(made) == {r"pair_\d+/up/kernel", r"pair_\d+/up/bias", r"pair_\d+/down/kernel"}
+    assert len(looks) == 1
+
+
+def test_blocks_that_differ_in_settings_are_not_alike() -> None:
+    """What was found of the first block taken for all of its class."""
+    made = proposed(stacked("softmax", "relu", "softmax", "gelu"))
+    assert set(styles(made)) == {f"pair_{i}/{name}" for i in (1, 3) for name in ("up", "down")}
+    assert "softmax" in made.left["pair_2/up/kernel"]
 
 
 class Counting(layers.Layer):
