@@ -1,12 +1,22 @@
 """Tensor-parallel Keras on PyTorch. The tour of the package is `keras_tp/api.py`."""
 
 from keras_tp import backend  # noqa: F401, first: it picks torch before Keras is imported
-from keras_tp.api import disable, enable, full_weights, local_shapes, parallelize, plan, verify
+from keras_tp.api import (
+    auto_layout_map,
+    disable,
+    enable,
+    full_weights,
+    local_shapes,
+    parallelize,
+    plan,
+    verify,
+)
 from keras_tp.checks import LayerCheck, Verification
 from keras_tp.data import DataSharder
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.mesh import device_mesh, initialize
 from keras_tp.plans import LayerPlan, Plan, VariablePlan
+from keras_tp.proposals import Proposal
 from keras_tp.version import __version__
 
 __all__ = [
@@ -16,9 +26,11 @@ __all__ = [
     "LayoutError",
     "LayoutWarning",
     "Plan",
+    "Proposal",
     "VariablePlan",
     "Verification",
     "__version__",
+    "auto_layout_map",
     "device_mesh",
     "disable",
     "enable",

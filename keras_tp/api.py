@@ -1,6 +1,7 @@
 """The tour: every public function, each a few lines that name what does the work.
 
 plan         reads the model and the layout map, decides everything, touches nothing
+auto_layout_map   proposes the layout map, by what the model's code does
 parallelize  obeys a plan
 local_shapes, full_weights   look at the result
 verify       compares it with itself on gathered weights
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from keras_tp.application import DistributionWork
+from keras_tp.automatic import make_layout_map
 from keras_tp.backend import require_torch
 from keras_tp.checks import Verification
 from keras_tp.errors import LayoutError
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
 from keras_tp.problems import check_model
+from keras_tp.proposals import Proposal
 from keras_tp.seam.distribution import install, uninstall
 from keras_tp.seam.layers import variables_of, walk_layers
 from keras_tp.seam.variables import full_numpy, local_tensor
@@ -58,6 +61,41 @@ def plan(
     """
     require_torch()
     return make_plan(model, layout_map, strict=strict, batch_axis=batch_axis)
+
+
+def auto_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> Proposal:
+    """Proposes a layout map for any built model, which stays as it is.
+
+    Pure, as `plan`: needs no process group, and no weight needs to have values. The model is called
+    once on shapes alone, and by what its code does layers are cut so that they hand
+    each other shards: columns then rows (Megatron-LM: for a transformer two all-reduces forward and
+    two backward a block), by heads, hidden units or experts. Tables of embeddings and the
+    last layer are cut if that saves, of a weight, its gradient and two slots, as many bytes as it
+    sends for 4096 positions. All else is left whole, each with its reason.
+
+    Args:
+        model: a built Keras model.
+        mesh: a `keras.distribution.DeviceMesh`. Weights are cut along one axis, of those besides
+            `batch_axis` the one of the most ranks.
+        batch_axis: as for `plan`.
+
+    Returns:
+        A `keras.distribution.LayoutMap`, to `print` (what is cut, what is left and why) and to
+        give to `plan` or `parallelize`, changed or as it is. `left` has the reasons by path,
+        `plan` the plan it was confirmed by.
+
+    Raises:
+        LayoutError: no mesh, a `batch_axis` that it lacks; a model that is not built, or
+            parallelized already.
+
+    Example:
+        >>> mesh = keras_tp.device_mesh({"batch": 1, "model": 2})
+        >>> layout_map = keras_tp.auto_layout_map(model, mesh)
+        >>> print(layout_map)
+        >>> keras_tp.parallelize(model, layout_map)
+    """
+    require_torch()
+    return make_layout_map(model, mesh, batch_axis)
 
 
 def parallelize(

@@ -66,15 +66,15 @@ class Run(TorchFunctionMode):
         super().__init__()
         self._resting = False
 
-    def _withvalues_in(self, nest: Any) -> Any:
+    def with_values(self, nest: Any) -> Any:
         """`nest` with what is read of Keras's variables in place of them."""
         if isinstance(nest, keras.Variable):
             with self:  # reading may cast, which is to be seen
                 return nest.value
         if type(nest) in (tuple, list):
-            return type(nest)(self._withvalues_in(entry) for entry in nest)
+            return type(nest)(self.with_values(entry) for entry in nest)
         if type(nest) is dict:
-            return {name: self._withvalues_in(entry) for name, entry in nest.items()}
+            return {name: self.with_values(entry) for name, entry in nest.items()}
         return nest
 
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class Whole(Run):
         kwargs = kwargs or {}
         if self._resting:
             return func(*args, **kwargs)
-        args, kwargs = self._withvalues_in((args, kwargs))
+        args, kwargs = self.with_values((args, kwargs))
         given = tensors_in((args, kwargs))
         before = [tuple(t.shape) for t in given]
         result = self.called(func, args, kwargs)

@@ -50,8 +50,11 @@ class Found:
     def wants_gradient(self, number: int, style: StylePlan) -> bool:
         """Whether the gradient of what a column layer reads is summed by this layer.
 
-        Where several read the same, the first does it for all.
+        Where several read the same, the first does it for all. What each slices off for itself
+        has a gradient for each.
         """
+        if isinstance(style.input, Shard):
+            return True
         for region, proof in zip(self.regions, self.proofs, strict=True):
             if region.axis == style.axis and number in region.members:
                 mine = [[n for n in group if n in region.members] for group in proof.readers]
@@ -113,9 +116,8 @@ def find_regions(
     variables = variables_of(owners)
     cut = frozenset(id(v) for v, p in zip(variables, plans, strict=True) if p.sharded)
     search = _Search(found, owners, along, sizes, cut)
-    above = [owner.layer for owner in owners if owner.has_layers]
     try:
-        rehearse_model(model, SIZES, [(layer, search.watched(layer)) for layer in above])
+        look_at_layers(model, owners, search.look_at)
     except Exception as error:
         found.note = (
             f"the model could not be called without values ({shortened(error)}), so that it is not "
@@ -125,6 +127,43 @@ def find_regions(
     return found
 
 
+# Is given a layer, its `call`, and what that was called with.
+Look = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]
+
+
+def look_at_layers(model: Any, owners: Sequence[Owner], look: Look) -> None:
+    """Calls a model without values, and has each layer above others looked at as it returns.
+
+    Args:
+        model: a built model, which is as before afterwards.
+        owners: its layers.
+        look: may call the layer again, which is not looked at.
+
+    Raises:
+        Exception: whatever the model raises, or if what it takes is not known.
+    """
+    looking = False
+
+    def watched(layer: Any) -> Callable[..., Any]:
+        original = layer.call
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal looking
+            result = original(*args, **kwargs)
+            if not looking:
+                looking = True
+                try:
+                    look(layer, original, args, kwargs)
+                finally:
+                    looking = False
+            return result
+
+        return call
+
+    above = [owner.layer for owner in owners if owner.has_layers]
+    rehearse_model(model, SIZES, [(layer, watched(layer)) for layer in above])
+
+
 @dataclass
 class _Search:
     found: Found
@@ -132,27 +171,11 @@ class _Search:
     along: dict[str, list[Member]]
     sizes: dict[str, int]
     cut: frozenset[int]
-    proving: bool = False
     settled: set[int] = field(default_factory=set)
     tried: set[frozenset[int]] = field(default_factory=set)
 
-    def watched(self, layer: Any) -> Callable[..., Any]:
-        """The layer's `call`, after which it is looked at."""
-        original = layer.call
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if not self.proving:
-                self.proving = True
-                try:
-                    self._look_at(layer, original, args, kwargs)
-                finally:
-                    self.proving = False
-            return result
-
-        return call
-
-    def _look_at(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def look_at(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Settles what is proven of a call of a layer."""
         for axis, members in self.along.items():
             below, inside = members_below(layer, members)
             inside = [m for m in inside if m.number not in self.settled]

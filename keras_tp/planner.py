@@ -40,7 +40,7 @@ from keras_tp.seam.layers import Owner, variables_of, walk_layers
 
 # These call their cell or layer once per time step: what it gathers is gathered
 # once, around all the steps.
-_REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
+REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
 
 
 def make_plan(
@@ -151,7 +151,7 @@ def _plan_layers(
     gathered_by: dict[int, Owner] = {}
     layers = []
     for number, owner in enumerate(owners):
-        if isinstance(owner.layer, _REPEATING):
+        if isinstance(owner.layer, REPEATING):
             for variable in variables_of(walk_layers(owner.layer)):
                 if plans[index[id(variable)]].sharded:
                     gathered_by.setdefault(index[id(variable)], owner)

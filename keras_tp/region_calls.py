@@ -128,10 +128,10 @@ class RegionCall:
         call = Call(self.owners, self.original, args, kwargs, members, self.axis.size, cut)
         with restored(self.owners, trained=False):
             proof = prove(call)
-        if proof.refused:
-            paths = {m.number: m.layer.path for m in members}
-            said = "; ".join(f"'{paths[n]}': {reason}" for n, reason in proof.refused)
-            self._tell(said)
+        paths = {m.number: m.layer.path for m, stage in self.members if stage.plan.kept}
+        refused = [(paths[n], reason) for n, reason in proof.refused if n in paths]
+        if refused:
+            self._tell("; ".join(f"'{path}': {reason}" for path, reason in refused))
         return proof
 
     def _tell(self, reason: str) -> None:

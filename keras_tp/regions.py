@@ -12,7 +12,7 @@ The pairing of columns and rows is Megatron-LM's (Shoeybi et al. 2019, section 3
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.distributed.tensor import Shard
@@ -24,15 +24,20 @@ from keras_tp.seam.rehearsals import is_computed_again
 from keras_tp.shard_runs import Local
 
 
-def prove(call: Call) -> Proof:
-    """Finds the most that may stay sharded in a call of a layer."""
+def prove(call: Call, kind: Callable[..., Rehearsal] = Rehearsal) -> Proof:
+    """Finds the most that may stay sharded in a call of a layer.
+
+    Args:
+        call: the call.
+        kind: what makes a rehearsal of it.
+    """
     if any(is_computed_again(owner.layer) for owner in call.owners[1:]):
         reason = "layers are computed again in backward (RematScope), one by one"
         return Proof(refused=tuple((m.number, reason) for m in call.members))
     attempts: list[tuple[tuple[int, str, int], ...]] = [(), *_divisions(call)]
     proofs = []
     for divided in attempts:
-        proofs.append(_prove(call, divided))
+        proofs.append(_prove(call, divided, kind))
         if not proofs[-1].refused:
             break
     return max(proofs, key=lambda proof: (len(proof.taken), -len(proof.refused)))
@@ -56,7 +61,9 @@ def _divisions(call: Call) -> list[tuple[tuple[int, str, int], ...]]:
     return [found] if found else []
 
 
-def _prove(call: Call, divided: tuple[tuple[int, str, int], ...]) -> Proof:
+def _prove(
+    call: Call, divided: tuple[tuple[int, str, int], ...], kind: Callable[..., Rehearsal]
+) -> Proof:
     refused = {
         m.number: f"{m.style.size} are not cut evenly into {call.parts}"
         for m in call.members
@@ -65,23 +72,26 @@ def _prove(call: Call, divided: tuple[tuple[int, str, int], ...]) -> Proof:
     summed: set[int] = set()
     mixed: set[int] = set()
     try:
-        whole = Rehearsal(call, Whole(), (), refused, summed)
+        whole = kind(call, Whole(), (), refused, summed)
         whole.run()
     except Exception as error:
         reason = f"it cannot be called without values ({shortened(error)})"
         return Proof(refused=tuple((m.number, reason) for m in call.members))
     everyone = {m.number for m in call.members if isinstance(m.style.output, Shard)}
+    count = 1  # of shards that may have led astray: the last, the last two before, four, ...
     while True:
         local = Local(whole.watch.events, call.parts)
         local.mixed |= mixed
-        rehearsal = Rehearsal(call, local, divided, refused, summed)
+        rehearsal = kind(call, local, divided, refused, summed)
         try:
             rehearsal.run()
         except LostTrack:
-            local.refuse_all(everyone - refused.keys(), local.reason)
+            local.refuse_last(everyone - refused.keys(), count, local.reason)
+            count *= 2
         except Exception as error:
             reason = f"it cannot be called on shards ({shortened(error)})"
-            local.refuse_all(everyone - refused.keys(), reason)
+            local.refuse_last(everyone - refused.keys(), count, reason)
+            count *= 2
         new = {n: reason for n, reason in local.refused.items() if n not in refused}
         sums = (summed | local.summed) - local.mixed
         if not new and sums == summed and local.mixed == mixed:

@@ -27,6 +27,9 @@ from keras_tp.seam.rehearsals import (
 )
 from keras_tp.shard_runs import Local
 
+# Why the output of a layer is gathered that is, or is part of, what the layer above gives.
+LEAVES = "what is computed of it leaves the layer above"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -144,7 +147,7 @@ class Rehearsal:
         for tensor in tensors_in(result):
             flow = watch.flow_of(tensor)
             if flow.local:
-                watch.refuse([flow], f"what is done with it leaves '{self.request.owners[0].path}'")
+                watch.refuse([flow], LEAVES)
 
     def _call_of(self, member: Member) -> Callable[..., torch.Tensor]:
         bare = bare_call(member.layer)
@@ -158,14 +161,15 @@ class Rehearsal:
                 watch.note(name, None, [inputs], [y])
             else:
                 event = watch.next_event(name, [inputs])
-                y = self._pass(watch, member, inputs, event.out[0], event.dtypes[0])
+                y = self.passed(watch, member, inputs, event.out[0], event.dtypes[0])
             return y if activation is None else activation(y)
 
         return call
 
-    def _pass(
+    def passed(
         self, watch: Local, member: Member, x: torch.Tensor, out: Shape, dtype: torch.dtype
     ) -> torch.Tensor:
+        """What a member gives for `x` on shards, of full shape `out`."""
         style, number = member.style, member.number
         flow = watch.flow_of(x)
         watch.check_gradients([x])

@@ -56,7 +56,7 @@ class Local(Run):
         self.refused: dict[int, str] = {}
         self.summed: set[int] = set()
         self.mixed: set[int] = set()
-        self.started: set[int] = set()
+        self.started: dict[int, None] = {}  # in their order
 
     def lost(self, reason: str) -> LostTrack:
         """The exception to raise; the reason is kept, as Keras words exceptions anew."""
@@ -81,7 +81,7 @@ class Local(Run):
         self.numbers.of(tensor)
         self.flows[id(tensor)] = flow
         if flow.dim is not None:
-            self.started |= flow.origins
+            self.started |= dict.fromkeys(sorted(flow.origins))
 
     def refuse(self, flows: list[Flow], reason: str) -> None:
         """Has the outputs be gathered that shards with these flows come from."""
@@ -96,9 +96,10 @@ class Local(Run):
         for origin in origins:
             self.refused.setdefault(origin, reason)
 
-    def refuse_all(self, numbers: Set[int], reason: str) -> None:
-        """Has all outputs be gathered that are shards by now; if none are, all of `numbers`."""
-        self.refused |= dict.fromkeys((self.started & numbers) or numbers, reason)
+    def refuse_last(self, numbers: Set[int], count: int, reason: str) -> None:
+        """Has outputs among `numbers` be gathered: the last that became shards, or else all."""
+        begun = [number for number in self.started if number in numbers]
+        self.refused |= dict.fromkeys(begun[-count:] or numbers, reason)
 
     def next_event(self, name: str, given: list[torch.Tensor]) -> Event:
         """The event of the other run that this one must be.
@@ -118,7 +119,7 @@ class Local(Run):
         kwargs = kwargs or {}
         if self._resting:
             return func(*args, **kwargs)
-        args, kwargs = self._withvalues_in((args, kwargs))
+        args, kwargs = self.with_values((args, kwargs))
         given = tensors_in((args, kwargs))
         failure = None
         try:

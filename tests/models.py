@@ -66,3 +66,25 @@ DENSE_LAYOUT = {".*dense.*kernel": (None, "model")}
 def dense_data() -> tuple[Any, Any]:
     random = np.random.default_rng(2)
     return random.standard_normal((6, 128)), random.standard_normal((6, 10))
+
+
+class Experts(layers.Layer):
+    """Tokens through all experts, each weighted by a gate: two products batched over experts."""
+
+    def __init__(self, experts: int, hidden: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.experts = experts
+        shape = (None, experts, hidden)
+        self.gate = layers.Dense(experts, activation="softmax", name="gate")
+        self.up = layers.EinsumDense("bteh,ehf->btef", shape, bias_axes="ef", name="up")
+        self.down = layers.EinsumDense("btef,efh->bteh", (None, experts, WIDTH), name="down")
+
+    def build(self, shape: Any) -> None:
+        self.gate.build(shape)
+        self.up.build((*shape[:-1], self.experts, shape[-1]))
+        self.down.build((*shape[:-1], self.experts, self.up.kernel.shape[-1]))
+
+    def call(self, x: Any) -> Any:
+        each = keras.ops.repeat(keras.ops.expand_dims(x, 2), self.experts, axis=2)
+        each = self.down(keras.ops.gelu(self.up(each)))
+        return x + keras.ops.sum(keras.ops.expand_dims(self.gate(x), -1) * each, axis=2)

@@ -133,7 +133,7 @@ def test_layouts_of_layer_outputs_are_checked_and_said() -> None:
         plan = plan_of(model, {".*/dense/output": (None, "model")}, strict=True)
     (layer,) = [layer for layer in plan.layers if layer.output_layout]
     assert (layer.kind, layer.output_layout) == ("Dense", (None, "model"))
-    assert any("/dense' a layout (None, 'model'): layers hand each" in n for n in plan.notes)
+    assert any("/dense' a layout (None, 'model'): what layers hand" in n for n in plan.notes)
     uncut = plan_of(model, {".*/dense/output": ("batch", None)})
     assert not any(layer.output_layout for layer in uncut.layers)
     (twice,) = problems_of(model, {".*/dense/output": ("model", "model")})
@@ -289,9 +289,9 @@ def test_the_table_shows_what_was_decided() -> None:
     header = text.splitlines()[0]
     for title in ("layer", "style", "full", "local", "pattern", "forward", "backward", "why not"):
         assert title in header
-    up = next(line for line in text.splitlines() if line.startswith("up_0"))
-    for cell in ("column", "(16, 64)", "(16, 16)", "all_reduce input grad"):
-        assert cell in up
+    head = next(line for line in text.splitlines() if line.startswith("head"))
+    for cell in ("column", "(16, 24)", "(16, 6)", "all_gather output", "all_reduce input grad"):
+        assert cell in head
     assert f"mesh batch=1, model=4: 23 of {len(plan.variables)} variables sharded" in text
 
 

@@ -78,6 +78,8 @@ def rehearsal(
         watch: what sees more of it than torch's functions.
     """
     before = [(vars(owner.layer), dict(vars(owner.layer))) for owner in owners]
+    filtering = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()  # it rewrites what errors say
     try:
         for layer, call in calls:
             vars(layer)["call"] = call
@@ -95,6 +97,8 @@ def rehearsal(
             stack.enter_context(_watched(watch))
             yield
     finally:
+        if filtering:
+            keras.config.enable_traceback_filtering()
         for now, kept in before:
             now.clear()
             now.update(kept)
