@@ -104,15 +104,12 @@ def rehearsal(
             vars(layer)["_input_spec"] = None
         for layer, name, value in attributes:
             vars(layer)[name] = value
-        if read is None:
-            owned = [(v, weight_without_values(v)) for v in variables_of(owners)]
-            scope = StatelessScope([*owned, *weights], collect_losses=True)
-        else:
-            scope = _Scope(read)
+        owned = [(v, weight_without_values(v)) for v in variables_of(owners) if read is None]
         with contextlib.ExitStack() as stack:
             stack.enter_context(_on_meta_unnoticed())
             stack.enter_context(torch.set_grad_enabled(read is not None))
             stack.enter_context(on_rows_of(None))
+            scope = _Scope(read) if read else StatelessScope([*owned, *weights], True)
             stack.enter_context(scope)
             stack.enter_context(_watched(watch))
             yield scope.losses
