@@ -102,6 +102,11 @@ class ShardCall(ABC):
         """The styles along the axes on whose shards it computes, in words."""
         return " + ".join(dict.fromkeys(stage.plan.name for stage in self.stages))
 
+    @property
+    def as_planned(self) -> bool:
+        """Whether the layer still computes with the weights it was planned with."""
+        return all(getattr(self.layer, name) is v for name, v in self.weights.items())
+
     def read(self, name: str) -> torch.Tensor:
         """The weight as the computation wants it: a shard along some axes, full along others."""
         variable = self.weights[name]
@@ -113,7 +118,7 @@ class ShardCall(ABC):
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if is_symbolic() or is_stateless():
             return self.original(inputs, *args, **kwargs)
-        if any(getattr(self.layer, name) is not v for name, v in self.weights.items()):
+        if not self.as_planned:
             # LoRA or quantization came after the plan. The class's own call is
             # right, because sharded weights read inside it are gathered.
             warnings.warn(

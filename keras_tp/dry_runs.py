@@ -77,6 +77,13 @@ class Run(TorchFunctionMode):
             return {name: self._withvalues_in(entry) for name, entry in nest.items()}
         return nest
 
+    def called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the function gives, which is another tensor on shards where it is on the whole."""
+        result = func(*args, **kwargs)
+        if name_of(func) == "contiguous" and result is args[0]:
+            return result.view_as(result)  # whether it is depends on sizes of 1
+        return result
+
     @property
     def is_resting(self) -> bool:
         """Whether it looks away."""
@@ -111,7 +118,7 @@ class Whole(Run):
         args, kwargs = self._withvalues_in((args, kwargs))
         given = tensors_in((args, kwargs))
         before = [tuple(t.shape) for t in given]
-        result = func(*args, **kwargs)
+        result = self.called(func, args, kwargs)
         out = tensors_in(result)
         if out:
             self.note(name_of(func), values_in((args, kwargs)), given, out, before)

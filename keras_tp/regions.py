@@ -77,8 +77,8 @@ def _prove(call: Call, divided: tuple[tuple[int, str, int], ...]) -> Proof:
         rehearsal = Rehearsal(call, local, divided, refused, summed)
         try:
             rehearsal.run()
-        except LostTrack as lost:
-            local.refuse_all(everyone - refused.keys(), str(lost))
+        except LostTrack:
+            local.refuse_all(everyone - refused.keys(), local.reason)
         except Exception as error:
             reason = f"it cannot be called on shards ({shortened(error)})"
             local.refuse_all(everyone - refused.keys(), reason)
@@ -93,6 +93,9 @@ def _prove(call: Call, divided: tuple[tuple[int, str, int], ...]) -> Proof:
 def shortened(error: Exception) -> str:
     """An error in a line, the same on every rank."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Exception encountered when calling"):
+        # What Keras has put around it goes.
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines[1:]]
     text = re.sub(r"0x[0-9a-f]+", "0x", lines[0][:120] if lines else "")
     return f"{type(error).__name__}: {text}"
 

@@ -34,7 +34,10 @@ class Local(Run):
         refused: numbers of layers whose output has to be gathered, each with the reason.
         summed: numbers of weights whose gradients have to be summed over the ranks.
         mixed: numbers of weights that are used on shards and on whole tensors alike.
+        reason: why track was lost, if it was.
     """
+
+    reason = ""
 
     def __init__(self, events: list[Event], parts: int):
         super().__init__()
@@ -48,6 +51,11 @@ class Local(Run):
         self.mixed: set[int] = set()
         self.started: set[int] = set()
 
+    def lost(self, reason: str) -> LostTrack:
+        """The exception to raise; the reason is kept, as Keras words exceptions anew."""
+        self.reason = reason
+        return LostTrack(reason)
+
     def flow_of(self, tensor: torch.Tensor) -> Flow:
         """What is known of a tensor; one from elsewhere is a constant, if it has values.
 
@@ -57,7 +65,7 @@ class Local(Run):
         flow = self.flows.get(id(tensor))
         if flow is None:
             if tensor.is_meta:
-                raise LostTrack("a tensor comes from a place that cannot be followed")
+                raise self.lost("a tensor comes from a place that cannot be followed")
             flow = Flow(grad=tensor.requires_grad, weights=None)
         return flow
 
@@ -77,7 +85,7 @@ class Local(Run):
         if not origins and not partial:  # what shards have led to it is not known
             origins = set(self.started)
             if not origins:
-                raise LostTrack(reason)
+                raise self.lost(reason)
         for origin in origins:
             self.refused.setdefault(origin, reason)
 
@@ -92,11 +100,11 @@ class Local(Run):
             LostTrack: it is another.
         """
         if self.position == len(self.events):
-            raise LostTrack(f"on shards it goes on, with {name}")
+            raise self.lost(f"on shards it goes on, with {name}")
         event = self.events[self.position]
         self.position += 1
         if event.name != name or event.wiring != [self.numbers.of(t) for t in given]:
-            raise LostTrack(f"on shards it calls {name} where it calls {event.name} on the whole")
+            raise self.lost(f"on shards it calls {name} where it calls {event.name} on the whole")
         return event
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +115,7 @@ class Local(Run):
         given = tensors_in((args, kwargs))
         failure = None
         try:
-            result = func(*args, **kwargs)
+            result = self.called(func, args, kwargs)
             out = tensors_in(result)
         except Exception as error:  # what cannot be done on shards is done on the whole
             failure, result, out = error, None, []
@@ -117,7 +125,7 @@ class Local(Run):
         flows = [self.flow_of(t) for t in given]
         if failure is not None:
             if not any(flow.local for flow in flows):
-                raise LostTrack(f"{event.name} fails on shards: {failure}") from failure
+                raise self.lost(f"{event.name} fails on shards: {failure}") from failure
             self.refuse(flows, f"{event.name} cannot be computed on shards")
             return self._as_on_the_whole(event)
         if event.name not in SIZED and values_in((args, kwargs)) != event.values:
@@ -213,7 +221,7 @@ class Local(Run):
         if len(made) == 1 and not isinstance(result, tuple | list):
             return made[0]
         if result is None or len(made) != len(result):
-            raise LostTrack(f"{event.name} cannot be computed on shards")
+            raise self.lost(f"{event.name} cannot be computed on shards")
         return type(result)(made)
 
 

@@ -12,7 +12,7 @@ import torch
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope
 from keras.src.backend.torch import random as backend_random
-from keras.src.backend.torch.core import device_scope
+from keras.src.backend.torch.core import device_scope, to_torch_dtype
 
 from keras_tp.layouts import Shape
 from keras_tp.seam.contexts import on_rows_of
@@ -180,9 +180,7 @@ def without_values(nest: Any, seen: dict[int, torch.Tensor]) -> Any:
 
 def weight_without_values(variable: Any) -> torch.Tensor:
     """A tensor of the full shape of a variable, on the meta device."""
-    with device_scope("meta"):
-        shown = keras.ops.convert_to_tensor(variable)
-        return torch.empty(tuple(variable.shape), dtype=shown.dtype, device=META)
+    return torch.empty(tuple(variable.shape), dtype=to_torch_dtype(variable.dtype), device=META)
 
 
 def as_layers_see(variable: Any, tensor: torch.Tensor) -> torch.Tensor:
