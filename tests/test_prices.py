@@ -1,0 +1,231 @@
+"""What a plan says that a training step sends, against what ranks send in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import models
+import numpy as np
+import pytest
+import torch
+from counting import Traffic
+from keras import layers, ops, optimizers, regularizers
+from parity import layout_map
+
+import keras_tp
+from keras_tp.examples.train_transformer import layout_map as demo_layout
+from keras_tp.examples.train_transformer import transformer as demo
+
+Found = dict[str, dict[tuple[str, int], tuple[int, int]]]
+
+
+def by_hand(model: Any, x: Any, y: Any) -> Found:
+    """A step as Keras's `train_step` makes it, and what it sends in each phase."""
+    found: Found = {}
+    with Traffic() as found["forward"]:
+        outputs = model(x, training=True)
+        model.zero_grad()
+        loss = model._compute_loss(x=x, y=y, y_pred=outputs, sample_weight=None, training=True)
+        loss = model.optimizer.scale_loss(loss)
+    with Traffic() as found["backward"]:
+        loss.backward()
+    weights = model.trainable_weights[:]
+    gradients = [v.value.grad for v in weights]
+    with Traffic() as found["optimizer"], torch.no_grad():
+        model.optimizer.apply(gradients, weights)
+    return found
+
+
+def planned(cost: Any) -> Found:
+    found: Found = {phase: {} for phase in ("forward", "backward", "optimizer")}
+    for traffic in cost.traffic:
+        key = traffic.kind, traffic.ranks
+        count, size = found[traffic.phase].get(key, (0, 0))
+        found[traffic.phase][key] = count + traffic.count, size + traffic.bytes
+    return found
+
+
+class TwoHeads(layers.Layer):
+    """Calls one dense layer twice, and has a weight that is read by no layer with a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = layers.Dense(8, name="twice")
+
+    def build(self, shape: Any) -> None:
+        self.dense.build(shape)
+        self.scale = self.add_weight(shape=(8,), name="scale")
+
+    def call(self, x: Any) -> Any:
+        return self.dense(self.dense(x)) * self.scale
+
+
+class Balanced(layers.Layer):
+    """Mixes rows, says so, and adds a loss."""
+
+    all_rows = True
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(ops.mean(x))
+        return x - ops.mean(x, axis=0)
+
+
+def around() -> Any:
+    """What is done around layers: statistics, penalties, a frozen layer, uneven cuts, a repeat."""
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(8, "relu", activity_regularizer=regularizers.L2(0.1), name="up"),
+            layers.BatchNormalization(),
+            layers.Dense(7, name="odd", kernel_regularizer=regularizers.L2(0.1)),
+            layers.Dense(8, name="frozen", trainable=False),
+            TwoHeads(),
+            Balanced(),
+            layers.Dropout(0.3),
+            layers.Reshape((4, 2)),
+            layers.Conv1D(6, 2, name="conv"),
+            layers.LSTM(4, name="lstm"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+
+
+AROUND = {
+    ".*up/kernel": (None, "model"),
+    ".*up/bias": ("model",),
+    ".*odd/kernel": (None, "model"),
+    ".*frozen/kernel": ("model", None),
+    ".*twice/kernel": (None, "model"),
+    ".*scale": ("model",),
+    ".*conv/kernel": (None, None, "model"),
+    ".*lstm/.*recurrent_kernel": (None, "model"),
+    ".*head/kernel": ("model", None),
+}
+
+# Along "batch", where replicas are; what has other dims than it is cut into stays whole.
+FULLY_SHARDED = {".*kernel": ("batch", None)}
+BOTH = {".*dense/kernel": ("batch", "model"), ".*dense_[12]/kernel": ("model", "batch")}
+
+
+def demo_model() -> Any:
+    return demo(8, 16, 2, 2, dropout=0.1)
+
+
+def text() -> tuple[Any, Any]:
+    tokens = np.arange(4 * 9).reshape(4, 9) % 251
+    return tokens[:, :-1].astype("int32"), tokens[:, 1:].astype("int32")
+
+
+def numbers() -> tuple[Any, Any]:
+    random = np.random.default_rng(0)
+    return random.standard_normal((5, 8), "float32"), random.standard_normal((5, 3), "float32")
+
+
+def dense_numbers() -> tuple[Any, Any]:
+    x, y = models.dense_data()
+    return x.astype("float32"), y.astype("float32")
+
+
+DEMO = {pattern: entry.axes for pattern, entry in demo_layout(1).items()}
+CHOSEN: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[[], Any], str]] = {
+    "mlp": (models.dense_stack, models.DENSE_LAYOUT, dense_numbers, "mse"),
+    "mlp, rows": (models.dense_stack, {".*kernel": ("model", None)}, dense_numbers, "mse"),
+    "mlp, over replicas": (models.dense_stack, FULLY_SHARDED, dense_numbers, "mse"),
+    "mlp, over both": (models.dense_stack, BOTH, dense_numbers, "mse"),
+    "transformer": (models.transformer, models.TRANSFORMER_LAYOUT, models.transformer_data, "sce"),
+    "demo": (demo_model, DEMO, text, "sce"),
+    "around": (around, AROUND, numbers, "mse"),
+}
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "adam": lambda: optimizers.Adam(),
+    "clipped": lambda: optimizers.Adam(global_clipnorm=1.0),
+    "each clipped": lambda: optimizers.SGD(clipnorm=1.0),
+    "whole": lambda: optimizers.Lamb(),
+    "factored": lambda: optimizers.Adafactor(),
+    "scaled": lambda: optimizers.LossScaleOptimizer(optimizers.Adam(clipnorm=1.0)),
+}
+
+
+def compiled(name: str, optimizer: str) -> tuple[Any, Any, Any]:
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    make, _, data, loss = CHOSEN[name]
+    model = make()
+    if loss == "sce":
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(OPTIMIZERS[optimizer](), loss)
+    return model, *data()
+
+
+def both(mesh: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[tuple[Found, Found]]:
+    """Of each model what was planned to be sent, and what was, by this rank."""
+    found = []
+    for name, optimizer, policy in chosen:
+        keras.config.set_dtype_policy(policy)
+        try:
+            model, x, y = compiled(name, optimizer)
+            plan = keras_tp.plan(model, layout_map(CHOSEN[name][1], mesh))
+            rank = torch.distributed.get_rank()
+            price = planned(plan.cost(model, x, targets=y, rank=rank))
+            keras_tp.parallelize(model, plan=plan, check_batches=False)
+            x, y = torch.as_tensor(x), torch.as_tensor(y)
+            for _ in range(2):  # rows are compared in the first two
+                by_hand(model, x, y)
+            found.append((price, by_hand(model, x, y)))
+        finally:
+            keras.config.set_dtype_policy("float32")
+    return found
+
+
+F32, BF16 = "float32", "mixed_bfloat16"
+ON_TWO = {
+    "model": [
+        ("mlp", "adam", F32),
+        ("mlp", "clipped", BF16),
+        ("mlp, rows", "whole", F32),
+        ("transformer", "clipped", F32),
+        ("demo", "adam", F32),
+        ("demo", "scaled", BF16),
+        ("around", "each clipped", F32),
+        ("around", "factored", F32),
+    ],
+    "batch": [
+        ("mlp", "clipped", F32),
+        ("mlp, over replicas", "adam", F32),
+        ("mlp, over replicas", "whole", BF16),
+        ("transformer", "adam", F32),
+        ("demo", "clipped", BF16),
+        ("around", "adam", F32),
+    ],
+}
+
+
+@pytest.mark.parametrize("axis", ON_TWO)
+@pytest.mark.filterwarnings("ignore::keras_tp.LayoutWarning")
+def test_two_ranks_send_what_is_planned(ranks: Any, axis: str) -> None:
+    """A gradient nobody wants is counted; a gather without its zeros; a layer that is called
+    twice, once; the flags behind gradients in a bucket are not."""
+    mesh = {"batch": 1, "model": 1} | {axis: 2}
+    for found in ranks(2)(both, mesh, ON_TWO[axis]):
+        for chosen, (price, sent) in zip(ON_TWO[axis], found, strict=True):
+            assert price == sent, chosen
+            assert price["forward"], chosen
+
+
+ON_FOUR = [
+    ("mlp", "clipped", F32),
+    ("mlp, over both", "whole", F32),
+    ("transformer", "adam", F32),
+    ("demo", "clipped", F32),
+    ("around", "adam", F32),
+]
+
+
+@pytest.mark.filterwarnings("ignore::keras_tp.LayoutWarning")
+def test_four_ranks_send_what_is_planned(ranks: Any) -> None:
+    """Rows of the whole batch are counted in each replica; an axis takes part in the other's."""
+    for found in ranks(4)(both, {"batch": 2, "model": 2}, ON_FOUR):
+        for chosen, (price, sent) in zip(ON_FOUR, found, strict=True):
+            assert price == sent, chosen
