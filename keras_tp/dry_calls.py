@@ -17,13 +17,17 @@ from torch.distributed.tensor import Partial, Shard
 
 from keras_tp.computations import Contraction
 from keras_tp.dry_collectives import DryAxis, copy, gather, reduce, split
+from keras_tp.dry_drops import DryParts
 from keras_tp.dry_weights import DryWeights
 from keras_tp.layouts import row_counts
 from keras_tp.ledger import Ledger
 from keras_tp.plans import LayerPlan, Region, StylePlan
+from keras_tp.regions import prove
+from keras_tp.rehearsal import Call as ShownCall
+from keras_tp.rehearsal import Member
 from keras_tp.rules import bias_dim
-from keras_tp.seam.contexts import current_replicas, on_rows_of
-from keras_tp.seam.layers import Owner
+from keras_tp.seam.contexts import current_replicas, drawing_parts, on_rows_of
+from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rows import with_mask
 
 Call = Callable[..., Any]
@@ -69,6 +73,8 @@ class DryShardCall:
         self, owner: Owner, plan: LayerPlan, axes: dict[str, DryAxis], weights: DryWeights
     ):
         self.layer = owner.layer
+        self.original = owner.layer.call
+        self.ledger = weights.ledger
         self.path = plan.path
         assert plan.computation is not None
         self.computation = plan.computation
@@ -77,6 +83,8 @@ class DryShardCall:
         self.weights = weights
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.ledger.resting:
+            return self.original(inputs, *args, **kwargs)
         if isinstance(self.computation, Contraction):
             return self._contract(inputs, self.computation)
         return self._look_up(inputs)
@@ -168,7 +176,8 @@ class DryGatheredCall:
 class DryRegionCall:
     """A layer's call within which some below hand each other shards; see `region_calls`.
 
-    It takes the plan's word for which may, of a call of whatever shape.
+    It takes the plan's word for which may, of a call of whatever shape. What is dropped from is
+    looked at, to know which of it is cut.
     """
 
     def __init__(
@@ -176,17 +185,23 @@ class DryRegionCall:
         original: Call,
         region: Region,
         axis: DryAxis,
-        below: Sequence[Owner],
+        below: list[Owner],
+        members: Sequence[Member],
         stages: Sequence[DryStage],
         summed: Sequence[Any],
         weights: DryWeights,
     ):
         self.original, self.axis = original, axis
+        self.below, self.members = below, members
+        self.drops = any(drops(owner.layer) for owner in below)
         self.stages, self.summed, self.weights = stages, summed, weights
         by_path = {owner.path: owner.layer for owner in below}
         self.divided = [(by_path[path], name, value) for path, name, value in region.divided]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.weights.ledger.resting:
+            return self.original(*args, **kwargs)
+        parts = DryParts(self.axis.size, self.axis.rank, self._draws(args, kwargs))
         copies = DryCopies(self.axis)
         before = [(vars(layer), name, vars(layer)[name]) for layer, name, _ in self.divided]
         for stage in self.stages:
@@ -194,13 +209,33 @@ class DryRegionCall:
         for layer, name, value in self.divided:
             vars(layer)[name] = value
         try:
-            with self.weights.copied_on_read(self.summed, copies.of):
+            with drawing_parts(parts), self.weights.copied_on_read(self.summed, copies.of):
                 return self.original(*args, **kwargs)
         finally:
             for stage in self.stages:
                 stage.copies = None
             for attributes, name, value in before:
                 attributes[name] = value
+
+    def _draws(self, args: Any, kwargs: Any) -> Sequence[int | None]:
+        """For each dropout in turn the dim of which it is given a part."""
+        if not self.drops:
+            return ()
+        cut = frozenset(id(v) for v in variables_of(self.below) if self.weights.cuts(v))
+        call = ShownCall(self.below, self.original, args, kwargs, self.members, self.axis.size, cut)
+        self.weights.ledger.resting = True
+        try:
+            return prove(call).draws
+        finally:
+            self.weights.ledger.resting = False
+
+
+def drops(layer: Any) -> bool:
+    """Whether a layer drops some of what it is given, in training."""
+    return any(isinstance(vars(layer).get(name), float) and vars(layer)[name] for name in _RATES)
+
+
+_RATES = "rate", "dropout", "_dropout"
 
 
 class DryRowsCall:

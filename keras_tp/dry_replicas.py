@@ -89,7 +89,8 @@ class DryBuckets:
             self._pass = _Pass(where, buckets, self._axis, self._model)
             views = _Finish.apply(self._pass, *self._wanted)
             self._views = {
-                id(p): (i, view) for i, (p, view) in enumerate(zip(self._wanted, views, strict=True))
+                id(p): (i, view)
+                for i, (p, view) in enumerate(zip(self._wanted, views, strict=True))
             }
         if id(parameter) not in self._read:
             number, view = self._views[id(parameter)]

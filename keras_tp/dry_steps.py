@@ -19,7 +19,9 @@ from keras_tp.dry_calls import (
     Named,
 )
 from keras_tp.dry_collectives import DryAxis
+from keras_tp.dry_drops import DryDrops
 from keras_tp.dry_weights import DryWeights
+from keras_tp.handovers import members_along
 from keras_tp.ledger import Ledger, Traffic
 from keras_tp.live_bytes import FusedAttention, LiveBytes
 from keras_tp.optimizers import inner_optimizers, updates_elementwise
@@ -77,7 +79,7 @@ class DryStep:
         }
         path_of = {id(v): owner.path for owner in reversed(self.owners) for v in owner.variables}
         paths = [path_of[id(v)] for v in self.variables]
-        self.weights = DryWeights(plan, self.variables, paths, self.axes, rank)
+        self.weights = DryWeights(plan, self.variables, paths, self.axes, rank, self.ledger)
 
     def run(self, batch: Any, targets: Any, slots: Slots | None) -> Found:
         """Makes the step; the model is as before.
@@ -93,10 +95,11 @@ class DryStep:
             self.owners,
             calls=[(owner.layer, calls[id(owner.layer)]) for owner in self._called(calls)],
             attributes=attributes,
+            watch=DryDrops(),
             read=self.weights.read,
         )
         known = self.weights.tensors
-        live = LiveBytes(known)
+        live = LiveBytes(known, self.ledger)
         with restored(self.owners, trained=False), open_rehearsal as losses:
             for owner, layer in zip(self.owners, self.plan.layers, strict=True):
                 if layer.rows == "statistics":
@@ -163,6 +166,11 @@ class DryStep:
                 region,
                 axes[region.axis],
                 walk_layers(above.layer),
+                [
+                    member
+                    for member in members_along(region.axis, self.owners, plan.layers)
+                    if member.number in region.members
+                ],
                 stages,
                 [self.variables[i] for i in region.summed],
                 weights,

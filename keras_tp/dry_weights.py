@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 
 from keras_tp.dry_collectives import DryAxis, gather, gather_weight
 from keras_tp.dry_replicas import DryReplicas
+from keras_tp.ledger import Ledger
 from keras_tp.plans import Plan, VariablePlan
 from keras_tp.seam.contexts import current_replicas
 from keras_tp.seam.rehearsals import as_layers_see, weight_without_values
@@ -27,6 +28,7 @@ class DryWeights:
         layers: of each, path of the layer that owns it.
         axes: of more than one rank, as the rank sees them.
         rank: the rank.
+        ledger: where what is sent is written down.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class DryWeights:
         layers: Sequence[str],
         axes: dict[str, DryAxis],
         rank: int,
+        ledger: Ledger,
     ):
+        self.ledger = ledger
         self._plans: dict[int, VariablePlan] = {}
         self._tensors: dict[int, torch.Tensor] = {}
         self._layers: dict[int, str] = {}

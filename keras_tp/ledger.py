@@ -53,11 +53,13 @@ class Ledger:
     Attributes:
         phase: of the step, just now.
         layer: path of the layer whose call runs, just now.
+        resting: whether what is called just now is only looked at, and is no part of the step.
     """
 
     def __init__(self) -> None:
         self.phase = PHASES[0]
         self.layer = ""
+        self.resting = False
         self._counts: Counter[tuple[str, str, int, str, str, str]] = Counter()
         self._bytes: Counter[tuple[str, str, int, str, str, str]] = Counter()
 

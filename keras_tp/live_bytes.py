@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from keras_tp.ledger import Ledger
+
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -23,14 +25,19 @@ class LiveBytes(TorchDispatchMode):
     What an operation needs within itself, and what awaits Python's garbage collector, is
     not counted.
 
+    Args:
+        known: tensors that are there already.
+        ledger: says when it rests.
+
     Attributes:
         peak: the largest number of bytes alive at once.
         flops: of matrix products, convolutions and attention, two for each multiplication
             that is added up, as torch counts them.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()):
+    def __init__(self, known: Iterable[torch.Tensor], ledger: Ledger):
         super().__init__()
+        self._ledger = ledger
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._noted = 0  # bytes of these storages, of which some may be gone by now
         self.peak = 0
@@ -68,6 +75,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
+        if self._ledger.resting:
+            return results
         self.flops += _flops(func.overloadpacket, args, kwargs, results)
         made = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor) and t.is_meta]
         self.note(made)

@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import keras
 
 from keras_tp.costs import StoredBytes, slots_of, stored_bytes
 from keras_tp.dry_steps import DryStep, layers_named
@@ -164,17 +163,20 @@ def price(
         raise ValueError(f"the mesh ({plan.mesh}) has no rank {rank}.")
     if targets is not None and not has_loss(model):
         raise ValueError("targets are for the loss, and the model is compiled with none.")
-    slots = slots_of(model)
+    try:
+        slots, unknown = slots_of(model), ""
+    except ValueError as error:
+        slots, unknown = None, f"{error} "
     found = DryStep(plan, model, rank).run(batch, targets, slots)
     return Cost(
         rank=rank,
         ranks=plan.mesh.size,
         batch=_in_words(batch),
-        stored=stored_bytes(plan, rank, 0 if slots is None else slots),
+        stored=stored_bytes(plan, rank, 2 if slots is None else slots),
         activations=found.activations,
         traffic=found.traffic,
         flops=found.flops,
-        notes=tuple(_notes(plan, model, targets, found.shared)),
+        notes=tuple(_notes(plan, model, targets, found.shared, unknown)),
     )
 
 
@@ -197,7 +199,7 @@ def _in_words(batch: Any) -> str:
     return ", ".join(map(_in_words, batch))
 
 
-def _notes(plan: Plan, model: Any, targets: Any, shared: bool) -> list[str]:
+def _notes(plan: Plan, model: Any, targets: Any, shared: bool, unknown: str) -> list[str]:
     owners = walk_layers(model)
     optimizer = getattr(model, "optimizer", None)
     notes = []
@@ -206,16 +208,16 @@ def _notes(plan: Plan, model: Any, targets: Any, shared: bool) -> list[str]:
             "the loss is not counted, which keeps tensors of the size of the outputs: give targets."
         )
     if optimizer is None:
-        notes.append("the model is compiled with no optimizer: no slots and no update are counted.")
-    elif len(inner_optimizers(optimizer)) > 1:
+        notes.append(
+            "the model is compiled with no optimizer: two slots for each trained variable are "
+            "counted, as Adam's, and no update."
+        )
+    elif unknown:
+        notes.append(f"{unknown}Two slots for each trained variable are counted.")
+    if optimizer is not None and len(inner_optimizers(optimizer)) > 1:
         notes.append("of several optimizers the first is taken to update all variables.")
     if plan.batch_axis is not None and not shared:
         notes.append("there are fewer rows than replicas: each computes all of them.")
-    if any(region.members for region in plan.regions) and layers_named(owners, _drops):
-        notes.append(
-            "dropout is counted as on shards; it draws numbers for whole tensors, and lets go of "
-            "them."
-        )
     again = layers_named(owners, is_computed_again)
     if again:
         notes.append(f"{again[0]!r} is computed again in backward, which may send more than this.")
@@ -233,7 +235,3 @@ def _notes(plan: Plan, model: Any, targets: Any, shared: bool) -> list[str]:
 def _sharded(plan: Plan, model: Any) -> list[tuple[Any, VariablePlan]]:
     variables = variables_of(walk_layers(model))
     return [(v, p) for v, p in zip(variables, plan.variables, strict=True) if p.sharded]
-
-
-def _drops(layer: Any) -> bool:
-    return isinstance(layer, keras.layers.Dropout) and layer.rate > 0

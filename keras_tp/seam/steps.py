@@ -34,11 +34,18 @@ def batch_without_values(model: Any, batch: Any) -> Any:
                 f"the model has {len(wanted)} inputs, and {len(leaves)} shapes were given."
             )
         if isinstance(batch, dict) and isinstance(struct, dict):
-            dtypes = [struct[name].dtype for name in batch]
-        else:
-            dtypes = [tensor.dtype for tensor in wanted]
+            wanted = [struct[name] for name in batch]
+        dtypes = [tensor.dtype for tensor in wanted]
+        for leaf, tensor in zip(leaves, wanted, strict=True):
+            _check_shape(tuple(getattr(leaf, "shape", leaf)), tuple(tensor.shape))
     made = [_empty(leaf, dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
     return keras.tree.map_structure(lambda position: made[position], nest)
+
+
+def _check_shape(given: tuple[int, ...], wanted: tuple[int | None, ...]) -> None:
+    fits = [size in (None, found) for size, found in zip(wanted, given, strict=False)]
+    if len(given) != len(wanted) or not all(fits):
+        raise ValueError(f"an input of shape {given} was given where the model takes {wanted}.")
 
 
 def like_without_values(arrays: Any) -> Any:
