@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 from keras_tp.costs import StoredBytes, slots_of, stored_bytes
 from keras_tp.dry_steps import DryStep, layers_named
 from keras_tp.errors import LayoutError
@@ -227,7 +226,8 @@ def _notes(plan: Plan, model: Any, targets: Any, shared: bool, unknown: str) -> 
         notes.append(f"what the constraint of {path!r} gathers after an update is not counted.")
     notes.append(
         "not counted: the temporaries of the optimizer's update; comparisons of batches and rows "
-        "on the 1st, 2nd, 4th, ... batch; callbacks, one small collective a batch."
+        "on the 1st, 2nd, 4th, ... batch; callbacks, one small collective a batch. A compiled step "
+        "is another. Attention is taken to be one kernel, as torch's is on CPUs."
     )
     return notes
 

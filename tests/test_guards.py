@@ -34,6 +34,7 @@ DECIDE = {
     "dry_collectives",
     "dry_drops",
     "dry_replicas",
+    "dry_rows",
     "dry_runs",
     "dry_steps",
     "dry_weights",
@@ -147,8 +148,9 @@ def test_decide_never_imports_act() -> None:
         ("distributions", "seam.layers"),
         ("dry_calls", "seam.contexts"),
         ("dry_calls", "seam.layers"),
-        ("dry_calls", "seam.rows"),
         ("dry_drops", "seam.contexts"),
+        ("dry_rows", "seam.contexts"),
+        ("dry_rows", "seam.rows"),
         ("dry_steps", "seam.layers"),
         ("dry_steps", "seam.rehearsals"),
         ("dry_steps", "seam.rows"),
@@ -183,6 +185,8 @@ def test_only_the_seam_touches_keras_internals() -> None:
     assert found == {
         "clip_grad._get_total_norm",
         "torch._assert_async",
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
         "parameter._backward_hooks",
         "parameter._post_accumulate_grad_hooks",
     }
