@@ -127,8 +127,6 @@ class DryStep:
         self.ledger.phase = "backward"
         if heads and any(head.requires_grad for head in heads):
             torch.autograd.backward(heads, seeds)
-        for tensor in self.weights.tensors:
-            tensor.grad = None
 
     def _called(self, calls: dict[int, Call]) -> list[Owner]:
         return [owner for owner in self.owners if id(owner.layer) in calls]

@@ -91,7 +91,7 @@ def around() -> Any:
             layers.Dropout(0.3),
             layers.Reshape((4, 2)),
             layers.Conv1D(6, 2, name="conv"),
-            layers.LSTM(4, name="lstm"),
+            layers.RNN(layers.LSTMCell(4), unroll=True, name="lstm"),
             layers.Dense(3, name="head"),
         ]
     )
@@ -105,7 +105,7 @@ AROUND = {
     ".*twice/kernel": (None, "model"),
     ".*scale": ("model",),
     ".*conv/kernel": (None, None, "model"),
-    ".*lstm/.*recurrent_kernel": (None, "model"),
+    ".*lstm.*recurrent_kernel": (None, "model"),
     ".*head/kernel": ("model", None),
 }
 
@@ -235,8 +235,8 @@ def test_four_ranks_send_what_is_planned(ranks: Any) -> None:
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-# Wide enough for activations to be most of it.
-SIZES = {"tokens": 32, "width": 64, "heads": 4, "blocks": 2, "rows": 16, "steps": 5}
+# Long enough for activations to be most of it, and scores of attention much of those.
+SIZES = {"tokens": 96, "width": 32, "heads": 4, "blocks": 2, "rows": 16, "steps": 5}
 
 
 def compared(dropout: float, mesh: dict[str, int], cut: bool) -> list[tuple[str, int, int]]:
@@ -313,7 +313,7 @@ def test_the_share_of_a_step() -> None:
 
 
 def test_the_model_is_as_before() -> None:
-    """A loss that was built on the meta device, a gradient, a call that stays a stand-in."""
+    """A loss that was built on the meta device, a call that stays a stand-in."""
     model, x, y = compiled("around", "adam")
     plan = keras_tp.plan(model, layout_map(AROUND, {"batch": 2, "model": 2}), strict=False)
     before = [np.asarray(v) for v in model.variables]
@@ -322,7 +322,7 @@ def test_the_model_is_as_before() -> None:
     assert {id(layer): dict(vars(layer)) for layer in model._flatten_layers()} == attributes
     for variable, value in zip(model.variables, before, strict=True):
         assert (np.asarray(variable) == value).all()
-        assert variable.value.grad is None
+    assert not model._compile_loss.built
     assert gc.isenabled()
     model.fit(x, y, verbose=0)
     again = keras_tp.plan(model, layout_map(AROUND, {"batch": 2, "model": 2}))
