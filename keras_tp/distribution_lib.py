@@ -4,9 +4,9 @@ Keras has none on torch; `keras_tp.enable()` puts this one in its place. One
 process is one device is one rank, as torchrun starts them: `"cpu:3"` is rank 3.
 
 Values are global wherever anybody reads them, as with Keras on JAX, and a
-layout says what a rank *stores*. Layers hand each other whole activations, so
-that `distribute_tensor` checks a layout and returns what it was given; a
-variable's layout is obeyed. Nothing here makes a DTensor.
+layout says what a rank *stores*. What layers hand each other as shards they
+decide among themselves, so that `distribute_tensor` checks a layout and returns what
+it was given; a variable's layout is obeyed. Nothing here makes a DTensor.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from keras_tp.regions import prove
 from keras_tp.rehearsal import Call as ShownCall
 from keras_tp.rehearsal import Member
 from keras_tp.rules import bias_dim
-from keras_tp.seam.contexts import drawing_parts
+from keras_tp.seam.contexts import current_parts, drawing_parts
 from keras_tp.seam.layers import Owner, variables_of
 
 Call = Callable[..., Any]
@@ -197,7 +197,8 @@ class DryRegionCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.weights.ledger.resting:
             return self.original(*args, **kwargs)
-        parts = DryParts(self.axis.size, self.axis.rank, self._draws(args, kwargs))
+        around, draws = current_parts(), self._draws(args, kwargs)
+        parts = DryParts(self.axis.size, self.axis.rank, draws)
         copies = DryCopies(self.axis)
         before = [(vars(layer), name, vars(layer)[name]) for layer, name, _ in self.divided]
         for stage in self.stages:
@@ -206,7 +207,10 @@ class DryRegionCall:
             vars(layer)[name] = value
         try:
             with drawing_parts(parts), self.weights.copied_on_read(self.summed, copies.of):
-                return self.original(*args, **kwargs)
+                result = self.original(*args, **kwargs)
+            if around is not None:
+                around.skip(len(draws))
+            return result
         finally:
             for stage in self.stages:
                 stage.copies = None

@@ -26,6 +26,9 @@ class DryParts:
     def next_dim(self) -> int | None:
         return self.dims.pop(0) if self.dims else None
 
+    def skip(self, count: int) -> None:
+        del self.dims[:count]
+
 
 class DryDrops:
     """See `keras_tp.seam.rehearsals.Watch`."""
@@ -42,9 +45,6 @@ class DryDrops:
         ones = _ones(inputs, [replicas.total, *inputs.shape[1:]])
         kept = replicas.take(_of_a_part(draw, ones, rate, noise_shape, seed)) != 0
         return torch.where(kept, inputs / (1.0 - rate), 0)
-
-    def own_gradient(self, name: str, given: Any) -> None:
-        pass
 
 
 def _of_a_part(

@@ -119,10 +119,9 @@ def find_regions(
     except Exception as error:
         found.note = (
             f"the model could not be called without values ({shortened(error)}), so that it is not "
-            "known which layers could hand each other shards: each is given, and gives, whole "
-            "activations."
+            "known which layers after that could hand each other shards: they are given, and "
+            "give, whole activations."
         )
-        found.regions, found.proofs = [], []
     return found
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import keras
-from torch.distributed.tensor import Shard
 
 from keras_tp.computations import Computation
 from keras_tp.errors import LayoutError, LayoutWarning
@@ -27,6 +26,7 @@ from keras_tp.problems import (
     unused_pattern,
     wrong_layouts,
 )
+from keras_tp.reasons import reason_of
 from keras_tp.rules import (
     Weight,
     collectives_of,
@@ -227,7 +227,9 @@ def _plan_layer(
         forward=tuple(forward),
         backward=tuple(backward),
         rows=rows,
-        reason=_reason(styles, [plans[i] for i in own], why_not, found.reasons.get(number, "")),
+        reason=reason_of(
+            styles, [plans[i] for i in own], weights, why_not, found.reasons.get(number, "")
+        ),
     )
 
 
@@ -243,8 +245,8 @@ def _name_outputs(
             layer = replace(layer, output_layout=layout)
             said.append(
                 f"pattern {pattern!r} gives the output of layer '{layer.path}' a layout {layout}: "
-                "layers hand each other whole activations, so it stays whole on every rank. The "
-                "numbers are the same."
+                "what layers hand each other as shards is decided by what they compute, so that it "
+                "changes nothing. The numbers are the same."
             )
         named.append(layer)
     return named, said
@@ -266,28 +268,3 @@ def _names(owner: Owner, index: dict[int, int], computation: Computation | None)
 
 def _name_of(path: str) -> str:
     return path.rsplit("/", 1)[-1]
-
-
-def _reason(
-    styles: list[StylePlan], plans: list[VariablePlan], why_not: str, why_whole: str
-) -> str:
-    if not any("float" in plan.dtype for plan in plans):
-        return ""
-    if not styles:
-        claimed = [plan for plan in plans if plan.pattern is not None]
-        if not claimed:
-            return "no pattern claims it"
-        axes = {axis for plan in claimed for axis in plan.layout if axis is not None}
-        if not axes:
-            return "its layout shards nothing"
-        return f"one rank along {', '.join(sorted(axes))}"
-    reasons = []
-    for style in styles:
-        if style.name == "gathered":
-            reasons.append(f"gathered on use: {why_not}")
-        if isinstance(style.output, Shard) and not style.kept:
-            why = why_whole or "no row layer takes it as a shard"
-            reasons.append(f"its output is gathered: {why}")
-        if isinstance(style.input, Shard) and not style.given:
-            reasons.append("its input is sliced: it does not come as a shard")
-    return "; ".join(dict.fromkeys(reasons))

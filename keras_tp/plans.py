@@ -131,8 +131,8 @@ class LayerPlan:
         backward: collectives of each backward call, given that the layer's
             input needs a gradient.
         output_layout: what the layout map asks for the layer's output, if it
-            does and would cut it; else empty. Layers hand each other whole
-            activations, so that it changes nothing.
+            does and would cut it; else empty. What stays a shard is
+            decided by what layers compute, so that it changes nothing.
         rows: how it computes where replicas share out rows: `"own"`, each its own
             rows; `"statistics"`, its own with statistics of all; `"all"`, each all rows.
         reason: why the row is not better, in words; empty when it is best.

@@ -20,7 +20,13 @@ from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutWarning
 from keras_tp.regions import prove
 from keras_tp.rehearsal import Call, Member, Proof
-from keras_tp.seam.contexts import drawing_parts, is_stateless, is_symbolic, is_training
+from keras_tp.seam.contexts import (
+    current_parts,
+    drawing_parts,
+    is_stateless,
+    is_symbolic,
+    is_training,
+)
 from keras_tp.seam.layers import Owner, take_any_size, variables_of, walk_layers
 from keras_tp.seam.rehearsals import keras_mask
 from keras_tp.seam.trials import restored
@@ -36,6 +42,10 @@ class Draws:
 
     def next_dim(self) -> int | None:
         return self.dims.pop(0)
+
+    def skip(self, count: int) -> None:
+        """Numbers were drawn in a region within."""
+        del self.dims[:count]
 
 
 class RegionCall:
@@ -83,9 +93,12 @@ class RegionCall:
         try:
             if not summed and all(dim is None for dim in proof.draws):
                 return self.original(*args, **kwargs)
-            draws = Draws(self.axis, proof.draws)
+            around, draws = current_parts(), Draws(self.axis, proof.draws)
             with drawing_parts(draws), copied_on_read(summed, copies.of):
-                return self.original(*args, **kwargs)
+                result = self.original(*args, **kwargs)
+            if around is not None:
+                around.skip(len(proof.draws))
+            return result
         finally:
             for _, stage in self.members:
                 stage.close()

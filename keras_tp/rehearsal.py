@@ -140,10 +140,11 @@ class Rehearsal:
     def _check_end(self, watch: Local, result: Any) -> None:
         if watch.position != len(watch.events):
             raise watch.lost("on shards it does less")
+        watch.check_gradients(tensors_in(result))
         for tensor in tensors_in(result):
             flow = watch.flow_of(tensor)
             if flow.local:
-                watch.refuse([flow], "it leaves the layer above")
+                watch.refuse([flow], f"what is done with it leaves '{self.request.owners[0].path}'")
 
     def _call_of(self, member: Member) -> Callable[..., torch.Tensor]:
         bare = bare_call(member.layer)
@@ -167,6 +168,7 @@ class Rehearsal:
     ) -> torch.Tensor:
         style, number = member.style, member.number
         flow = watch.flow_of(x)
+        watch.check_gradients([x])
         taken = isinstance(style.input, Shard) and flow.dim == style.input.dim % x.dim()
         if flow.local and not taken:
             watch.refuse([flow], f"'{member.layer.path}' takes it whole, or cut along another dim")
@@ -185,8 +187,11 @@ class Rehearsal:
             except Unproven as reason:
                 watch.refused[number] = str(reason)
                 dim = None
-        with watch.resting():
-            y = torch.empty(shape, dtype=dtype, device="meta")
+        with watch.resting():  # not a leaf, so that it may be written into
+            y = torch.empty(
+                shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point
+            )
+            y = y * 1
         origins: frozenset[int] = frozenset() if dim is None else frozenset([number])
         watch.set_flow(y, Flow(dim, grad=True, origins=origins, weights=None))
         if dim is not None:
@@ -217,14 +222,6 @@ class Rehearsal:
         watch.set_flow(y, flow)
         self.draws.append(flow.dim)
         return y
-
-    def own_gradient(self, name: str, given: Any) -> None:
-        """See `keras_tp.seam.rehearsals.Watch`."""
-        if isinstance(self.watch, Local) and not self.watch.is_resting:
-            flows = [self.watch.flow_of(t) for t in tensors_in(given)]
-            local = [flow for flow in flows if flow.local]
-            if local:
-                self.watch.refuse(local, f"{name} has a gradient of its own")
 
     def proof(self) -> Proof:
         """What this run, in which nothing was in the way, has shown."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 from keras_tp.dims import RULES, SIZED
 from keras_tp.dry_runs import Event, LostTrack, Numbers, Run, name_of, values_in
@@ -21,6 +22,12 @@ from keras_tp.flows import (
     without_gradient,
 )
 from keras_tp.layouts import Shape
+
+# What only looks at a tensor: numbers made of sizes are compared where they are used.
+LOOKING = {
+    *("__get__", "size", "dim", "numel", "nelement", "stride", "__len__", "ndimension"),
+    *("is_floating_point", "is_complex", "is_contiguous", "get_device", "element_size"),
+}
 
 
 class Local(Run):
@@ -120,9 +127,14 @@ class Local(Run):
         except Exception as error:  # what cannot be done on shards is done on the whole
             failure, result, out = error, None, []
         if not out and failure is None:
+            looking = name_of(func) in LOOKING
+            local = [] if looking else [f for f in map(self.flow_of, given) if f.local]
+            if local:
+                self.refuse(local, f"{name_of(func)} cannot be followed")
             return result
         event = self.next_event(name_of(func), given)
         flows = [self.flow_of(t) for t in given]
+        self.check_gradients(given)
         if failure is not None:
             if not any(flow.local for flow in flows):
                 raise self.lost(f"{event.name} fails on shards: {failure}") from failure
@@ -140,6 +152,13 @@ class Local(Run):
             self.set_flow(tensor, flow)
         return result
 
+    def check_gradients(self, given: list[torch.Tensor]) -> None:
+        """Refuses shards that come from functions whose gradients are the user's own code."""
+        for tensor in given:
+            flow = self.flow_of(tensor)
+            if flow.local and isinstance(tensor.grad_fn, BackwardCFunction):
+                self.refuse([flow], f"{tensor.grad_fn.name()} is a gradient of its own")
+
     def _follow(
         self,
         func: Any,
@@ -150,6 +169,8 @@ class Local(Run):
         out: list[torch.Tensor],
         event: Event,
     ) -> list[Flow]:
+        if "out" in kwargs:
+            raise Unproven(f"{event.name} writes into another tensor")
         local = [tuple(t.shape) for t in out]
         if any(flow.local for flow in flows):
             self._sum_gradients(flows)

@@ -24,6 +24,7 @@ from keras_tp.replicas import RowsCall
 from keras_tp.rules import computation_of
 from keras_tp.seam.distribution import layout_of, set_layout
 from keras_tp.seam.dropout import hook_dropout
+from keras_tp.seam.fused import hook_adam
 from keras_tp.seam.layers import (
     Owner,
     announce_quantize,
@@ -69,6 +70,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     mesh = torch_mesh(plan.mesh)
     hook_layers()
     hook_optimizers()
+    hook_adam()
     hook_dropout()
     act_together()
     for variable, decided in zip(variables, plan.variables, strict=True):

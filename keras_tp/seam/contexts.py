@@ -94,6 +94,9 @@ class Parts(Protocol):
     def next_dim(self) -> int | None:
         """Along which dim the tensor is cut that now is dropped from; None if it is whole."""
 
+    def skip(self, count: int) -> None:
+        """Somebody else has been asked for the next `count` dims."""
+
 
 _PARTS = "keras_tp_parts"
 

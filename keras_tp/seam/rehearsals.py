@@ -59,9 +59,6 @@ class Watch(Protocol):
     ) -> torch.Tensor:
         """Keras's `random.dropout`, which is `draw`."""
 
-    def own_gradient(self, name: str, given: Any) -> None:
-        """A function with a gradient of its own (`torch.autograd.Function`) is applied."""
-
 
 class _Scope(StatelessScope):
     """Gives of a variable what `read` gives, until something is assigned to it."""
@@ -105,9 +102,12 @@ def rehearsal(
         for layer, name, value in attributes:
             vars(layer)[name] = value
         owned = [(v, weight_without_values(v)) for v in variables_of(owners) if read is None]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_on_meta_unnoticed())
-            stack.enter_context(torch.set_grad_enabled(read is not None))
+        follows = watch is not None or read is not None
+        with (
+            _on_meta_unnoticed(),
+            torch.set_grad_enabled(follows),
+            contextlib.ExitStack() as stack,
+        ):
             stack.enter_context(on_rows_of(None))
             scope = _Scope(read) if read else StatelessScope([*owned, *weights], True)
             stack.enter_context(scope)
@@ -122,7 +122,6 @@ def rehearsal(
 @contextlib.contextmanager
 def _watched(watch: Watch | None) -> Iterator[None]:
     drawing = {name: getattr(backend_random, name) for name in RANDOM}
-    apply = vars(torch.autograd.Function)["apply"]
 
     def without_generator(name: str) -> Callable[..., Any]:
         def draw(*args: Any, **kwargs: Any) -> Any:
@@ -137,21 +136,14 @@ def _watched(watch: Watch | None) -> Iterator[None]:
             return draw(inputs, *args, **kwargs)
         return watch.dropout(draw, keras.ops.convert_to_tensor(inputs), *args, **kwargs)
 
-    def watched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if watch is not None:
-            watch.own_gradient(cls.__name__, (args, kwargs))
-        return apply.__get__(None, cls)(*args, **kwargs)
-
     for name in RANDOM:
         setattr(backend_random, name, without_generator(name))
     backend_random.dropout = watched_dropout
-    torch.autograd.Function.apply = classmethod(watched_apply)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         for name, draw in drawing.items():
             setattr(backend_random, name, draw)
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 def without_values(nest: Any, seen: dict[int, torch.Tensor]) -> Any:
