@@ -37,6 +37,7 @@ check: .venv/dev
 bench: .venv/bench
 	$(BIN)/python benchmarks/local_shapes.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/parity.py --float64
 

@@ -16,10 +16,12 @@ from keras_tp.data import DataSharder
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.mesh import device_mesh, initialize
 from keras_tp.plans import LayerPlan, Plan, VariablePlan
+from keras_tp.prices import Cost
 from keras_tp.proposals import Proposal
 from keras_tp.version import __version__
 
 __all__ = [
+    "Cost",
     "DataSharder",
     "LayerCheck",
     "LayerPlan",

@@ -21,12 +21,12 @@ from keras_tp.handovers import look_at_layers
 from keras_tp.layouts import Layout, MeshShape
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan, itemsize
-from keras_tp.prices import worth_cutting
 from keras_tp.problems import read_batch_axis
 from keras_tp.proposals import Proposal
 from keras_tp.regions import shortened
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
 from keras_tp.searches import Group, Search
+from keras_tp.worth import worth_cutting
 
 
 def make_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> Proposal:

@@ -57,10 +57,7 @@ import torch.distributed as dist
 from torch._C import _current_graph_task_id
 
 from keras_tp.collectives import Axis, copy, reduce
-from keras_tp.places import Bucket, Place, places
-
-# Bytes; DistributedDataParallel's. The first bucket is small, to start early.
-FIRST, SIZE = 1 << 20, 25 << 20
+from keras_tp.places import FIRST, SIZE, Bucket, Place, places
 
 
 def summed(parameter: torch.Tensor, axis: Axis, buckets: Buckets | None = None) -> torch.Tensor:

@@ -25,18 +25,20 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_tp.api import plan as make_plan
+from keras_tp.arguments import file_with, mesh_of, positive, shapes_of
 from keras_tp.costs import slots_of, stored_bytes
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import MeshShape
 from keras_tp.mesh import device_mesh
 from keras_tp.plans import Plan
+from keras_tp.price_tables import cost_table
 from keras_tp.seam.devices import without_values
 from keras_tp.tables import size_text, summary
 from keras_tp.version import __version__
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plan = make_plan(
                 model, layout_map, strict=options.strict, batch_axis=options.batch_axis
             )
+        if options.bandwidth is not None and options.batch is None:
+            raise _UsageError("--bandwidth is for the price of a step: give --batch.")
     except _UsageError as error:
         parser.error(str(error))
     except LayoutError as error:
@@ -79,9 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{size_text(stored.parameters)}, gradients {size_text(stored.gradients)}, "
         f"{'two slots each' if slots is None else 'slots'} {size_text(stored.slots)}."
     )
+    if options.batch is not None:
+        _print_cost(plan, model, options)
     for path, ending in files:
         if path:
             _write(plan, path, ending, slots)
+
+
+def _print_cost(plan: Plan, model: Any, options: argparse.Namespace) -> None:
+    bandwidth = None if options.bandwidth is None else options.bandwidth * 1e9
+    try:
+        cost = plan.cost(model, options.batch[0] if len(options.batch) == 1 else options.batch)
+    except ValueError as error:
+        sys.exit(f"keras-tp: --batch: {error}")
+    print(f"\n{cost_table(cost, bandwidth)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,10 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("target", help="module:function, or path/to/file.py:function")
     plan.add_argument(
-        "--mesh", type=_mesh_of, metavar="AXIS=N,...", help="axes and ranks along each"
+        "--mesh", type=mesh_of, metavar="AXIS=N,...", help="axes and ranks along each"
     )
-    plan.add_argument("--html", metavar="FILE", type=_ending(".html"), help="write a page")
-    plan.add_argument("--json", metavar="FILE", type=_ending(".json"), help="write JSON")
+    plan.add_argument("--html", metavar="FILE", type=file_with(".html"), help="write a page")
+    plan.add_argument("--json", metavar="FILE", type=file_with(".json"), help="write JSON")
     plan.add_argument(
         "--strict", action="store_true", help="a pattern that matches nothing is an error"
     )
@@ -115,34 +130,24 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--allocate", action="store_true", help="build the model with all its weights"
     )
+    plan.add_argument(
+        "--batch",
+        type=shapes_of,
+        metavar="SHAPE",
+        help="print what a training step costs on a whole batch of inputs of this shape, such as "
+        "64,1024; of several inputs 64,1024:64,16",
+    )
+    plan.add_argument(
+        "--bandwidth",
+        type=positive,
+        metavar="GB/s",
+        help="what a rank can send, to tell how long a step communicates",
+    )
     return parser
 
 
 class _UsageError(Exception):
     """What was asked for makes no sense, in a sentence."""
-
-
-def _mesh_of(given: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for part in given.split(","):
-        name, _, size = (piece.strip() for piece in part.partition("="))
-        if not name or not size.isdecimal() or int(size) < 1:
-            raise argparse.ArgumentTypeError(f"{part!r} is not an axis and a size, as in model=8")
-        if name in sizes:
-            raise argparse.ArgumentTypeError(f"names axis {name!r} twice")
-        sizes[name] = int(size)
-    return sizes
-
-
-def _ending(ending: str) -> Callable[[str], str]:
-    def check(path: str) -> str:
-        if not path.lower().endswith(ending):
-            raise argparse.ArgumentTypeError(f"{path!r} does not end in {ending}")
-        if not Path(path).absolute().parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{path!r} is in a folder that is not there")
-        return path
-
-    return check
 
 
 def _model_of(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+# Bytes; DistributedDataParallel's. The first bucket is small, to start early.
+FIRST, SIZE = 1 << 20, 25 << 20
+
 
 class Place(NamedTuple):
     """One parameter's part of a bucket.

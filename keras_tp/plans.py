@@ -262,6 +262,12 @@ class Plan:
         else:
             raise ValueError(f"a plan is saved as .html or .json, not as {str(path)!r}.")
 
+    def cost(self, model: Any, batch: Any, **options: Any) -> Any:
+        """What one training step of `model` costs by this plan; see `keras_tp.prices.price`."""
+        from keras_tp.prices import price
+
+        return price(self, model, batch, **options)
+
     def __str__(self) -> str:
         from keras_tp.tables import plan_table
 

@@ -1,49 +1,237 @@
-"""Whether a weight is worth cutting whose layer has nobody to hand a shard to.
+"""What one training step costs by a plan, before it is launched: memory and communication.
 
-A table of embeddings cut along its words costs an all-reduce of what it gives, and a head, the
-last layer, a gather of what it gives and an all-reduce of the gradient of what it takes.
-It is worth it if what a rank need not keep then, of `COPIES` of the weight, is as many bytes as
-what it communicates for `POSITIONS` positions: then even a step that computes so many
-saves what it sends. A small head of few classes is not, the vocabulary of a language model is.
+The model is called, and its gradients are computed, once, as one rank would: on tensors of
+that rank's shapes that have no values (torch's meta device), with functions in place of
+the collectives that write down what they would send. So a gradient that nobody wants is not
+sent here either, and a layer that is called twice sends twice.
+
+Exact, to the byte: the collectives of forward, backward and the update. Measured: the peak
+of activations, of what torch would hold on CPUs. `Cost.notes` says what is not counted.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from keras_tp.candidates import WIDTH, WORDS, Candidate
-from keras_tp.tables import size_text
+from keras_tp.costs import StoredBytes, slots_of, stored_bytes
+from keras_tp.dry_steps import DryStep, layers_named
+from keras_tp.errors import LayoutError
+from keras_tp.ledger import Traffic
+from keras_tp.optimizers import inner_optimizers
+from keras_tp.plans import Plan, VariablePlan
+from keras_tp.problems import check_model
+from keras_tp.seam.layers import variables_of, walk_layers
+from keras_tp.seam.rehearsals import is_computed_again
+from keras_tp.seam.steps import has_loss
 
-# The weight, its gradient and two slots of the optimizer.
-COPIES = 4
-# Rows times tokens that a replica computes in a step.
-POSITIONS = 4096
+
+@dataclass(frozen=True)
+class Cost:
+    """The price of one training step on one rank; `print` it for a table.
+
+    Attributes:
+        rank: whose; the first stores and computes as much as any.
+        ranks: how many there are.
+        batch: the shapes of the whole batch, in words.
+        stored: bytes that stay from step to step: parameters, gradients, optimizer slots.
+        activations: bytes that come on top of them at most, in forward and backward: what
+            layers keep for backward, weights gathered for a call, inputs, outputs, the loss.
+        traffic: the collectives of a step, by phase, kind, axis, layer and what travels.
+        flops: floating-point operations of the rank's forward and backward: matrix
+            products, convolutions and attention.
+        notes: what is not counted, or not exactly, a sentence each.
+    """
+
+    rank: int
+    ranks: int
+    batch: str
+    stored: StoredBytes
+    activations: int
+    traffic: tuple[Traffic, ...]
+    flops: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes in the fullest moment of forward and backward."""
+        return self.stored.total + self.activations
+
+    def collectives(self, phase: str) -> Counter[str]:
+        """How many collectives of each kind there are in `phase` of a step."""
+        counts: Counter[str] = Counter()
+        for traffic in self.traffic:
+            if traffic.phase == phase:
+                counts[traffic.kind] += traffic.count
+        return counts
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the rank sends in a step, if ranks stand in rings; see `Traffic.sent`."""
+        return sum(traffic.sent for traffic in self.traffic)
+
+    def seconds(self, bandwidth: float) -> float:
+        """How long a step communicates.
+
+        Args:
+            bandwidth: bytes per second that a rank sends, while it receives as many. One for
+                all axes; latency, which a hundred small collectives are made of, is not in it.
+        """
+        return self.sent / bandwidth
+
+    def share(
+        self,
+        bandwidth: float,
+        *,
+        step_seconds: float | None = None,
+        flops_per_second: float | None = None,
+    ) -> float:
+        """The share of a step that communication would take, were nothing done meanwhile.
+
+        That is `seconds(bandwidth)` of the step: of one that takes `step_seconds` altogether, or
+        of one that takes the time to communicate and that to compute `flops` at so many a
+        second. What is sent while a rank computes (gradients in buckets) hides some of it.
+
+        Args:
+            bandwidth: as for `seconds`.
+            step_seconds: what a step takes, communication included.
+            flops_per_second: what a rank does; give one of the two.
+
+        Returns:
+            From 0 to 1; more than 1 where a step cannot be as quick as `step_seconds`.
+        """
+        if (step_seconds is None) == (flops_per_second is None):
+            raise ValueError("give either step_seconds or flops_per_second.")
+        seconds = self.seconds(bandwidth)
+        if step_seconds is None:
+            assert flops_per_second is not None
+            step_seconds = seconds + self.flops / flops_per_second
+        return seconds / step_seconds if seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in lists, dicts, strings and numbers, ready for `json.dumps`."""
+        found = asdict(self) | {"peak": self.peak, "sent": self.sent}
+        found["traffic"] = [asdict(t) | {"sent": t.sent} for t in self.traffic]
+        found["notes"] = list(self.notes)
+        return found
+
+    def __str__(self) -> str:
+        from keras_tp.price_tables import cost_table
+
+        return cost_table(self)
 
 
-def worth_cutting(candidate: Candidate, itemsize: int) -> tuple[str, str]:
-    """The label to cut a table or a head along, or "" and the price for which it is not done.
+def price(
+    plan: Plan, model: Any, batch: Any, *, targets: Any = None, rank: int | None = None
+) -> Cost:
+    """What one training step of `model` costs by `plan`.
+
+    Needs no process group, no device and no memory: the model may be one whose weights have
+    no values, planned for ranks there are not. It is as before afterwards.
+
+    A step is Keras's `train_step` on a whole batch, not compiled: forward, loss, backward and
+    the update of the optimizer that the model is compiled with.
 
     Args:
-        candidate: the layer.
-        itemsize: bytes of an element of its weight, and of what it computes.
+        plan: made for this model.
+        model: a built model that is not parallelized.
+        batch: the shape of the whole batch, of all replicas: a tuple of ints, or for several
+            inputs a list or dict of such, as the model takes them. Or a batch itself, arrays
+            of which only shapes and dtypes matter.
+        targets: what the loss is given besides outputs: shapes (of floats), or arrays. With
+            None the loss, and what it takes for memory, is not counted, and backward begins at
+            the outputs.
+        rank: which rank's; by default the first, which stores and computes as much as any.
+
+    Raises:
+        LayoutError: a plan of another model, or a model that is parallelized.
+        ValueError: a batch that does not fit the model, targets without a loss, or a rank that
+            the mesh lacks.
+        Exception: what the model raises where it cannot be called without values.
+
+    Example:
+        >>> plan = keras_tp.plan(model, layout_map)
+        >>> print(plan.cost(model, (64, 128)))
+        >>> plan.cost(model, x[:64], targets=y[:64]).share(50e9, flops_per_second=400e12)
     """
-    sizes = candidate.sizes
-    if candidate.is_lookup:
-        label = WORDS if sizes[WORDS] >= candidate.parts else ""
-        sent = 2 * sizes[WIDTH]
-    else:
-        columns = candidate.columns()
-        label = columns[0] if columns else ""
-        given = math.prod(sizes[x] for x in candidate.outputs)
-        sent = given + 2 * math.prod(sizes[x] for x in candidate.inputs)
-    if not label:
-        return "", ""
-    share = (candidate.parts - 1) / candidate.parts  # of a ring's rounds, too
-    saved = COPIES * math.prod(sizes.values()) * itemsize * share
-    moved = POSITIONS * sent * itemsize * share
-    if saved >= moved:
-        return label, ""
-    return "", (
-        f"cut, a rank would keep {size_text(saved)} less ({COPIES} copies of the weight) and send "
-        f"{size_text(moved)} for {POSITIONS} positions"
+    check_model(model)
+    _check_fits(plan, model)
+    rank = plan.mesh.ranks[0] if rank is None else rank
+    if rank not in plan.mesh.ranks:
+        raise ValueError(f"the mesh ({plan.mesh}) has no rank {rank}.")
+    if targets is not None and not has_loss(model):
+        raise ValueError("targets are for the loss, and the model is compiled with none.")
+    try:
+        slots, unknown = slots_of(model), ""
+    except ValueError as error:
+        slots, unknown = None, f"{error} "
+    found = DryStep(plan, model, rank).run(batch, targets, slots)
+    return Cost(
+        rank=rank,
+        ranks=plan.mesh.size,
+        batch=_in_words(batch),
+        stored=stored_bytes(plan, rank, 2 if slots is None else slots),
+        activations=found.activations,
+        traffic=found.traffic,
+        flops=found.flops,
+        notes=tuple(_notes(plan, model, targets, found.shared, unknown)),
     )
+
+
+def _check_fits(plan: Plan, model: Any) -> None:
+    owners = walk_layers(model)
+    variables = [(v.path, tuple(v.shape)) for v in variables_of(owners)]
+    layers = [(owner.path, type(owner.layer).__name__) for owner in owners]
+    same = variables == [(v.path, v.shape) for v in plan.variables]
+    if not same or layers != [(layer.path, layer.kind) for layer in plan.layers]:
+        raise LayoutError("it was made for another model.", where="this plan")
+
+
+def _in_words(batch: Any) -> str:
+    if isinstance(batch, dict):
+        return ", ".join(f"{name} {_in_words(entry)}" for name, entry in batch.items())
+    if hasattr(batch, "shape"):
+        return str(tuple(batch.shape))
+    if all(type(size) is int for size in batch):
+        return str(tuple(batch))
+    return ", ".join(map(_in_words, batch))
+
+
+def _notes(plan: Plan, model: Any, targets: Any, shared: bool, unknown: str) -> list[str]:
+    owners = walk_layers(model)
+    optimizer = getattr(model, "optimizer", None)
+    notes = []
+    if targets is None:
+        notes.append(
+            "the loss is not counted, which keeps tensors of the size of the outputs: give targets."
+        )
+    if optimizer is None:
+        notes.append(
+            "the model is compiled with no optimizer: two slots for each trained variable are "
+            "counted, as Adam's, and no update."
+        )
+    elif unknown:
+        notes.append(f"{unknown}Two slots for each trained variable are counted.")
+    if optimizer is not None and len(inner_optimizers(optimizer)) > 1:
+        notes.append("of several optimizers the first is taken to update all variables.")
+    if plan.batch_axis is not None and not shared:
+        notes.append("there are fewer rows than replicas: each computes all of them.")
+    again = layers_named(owners, is_computed_again)
+    if again:
+        notes.append(f"{again[0]!r} is computed again in backward, which may send more than this.")
+    constrained = [v for v in _sharded(plan, model) if v[0].constraint is not None]
+    if constrained:
+        path = constrained[0][1].path
+        notes.append(f"what the constraint of {path!r} gathers after an update is not counted.")
+    notes.append(
+        "not counted: the temporaries of the optimizer's update; comparisons of batches and rows "
+        "on the 1st, 2nd, 4th, ... batch; callbacks, one small collective a batch. A compiled step "
+        "is another. Attention is taken to be one kernel, as torch's is on CPUs."
+    )
+    return notes
+
+
+def _sharded(plan: Plan, model: Any) -> list[tuple[Any, VariablePlan]]:
+    variables = variables_of(walk_layers(model))
+    return [(v, p) for v, p in zip(variables, plan.variables, strict=True) if p.sharded]

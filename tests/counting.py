@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # What torch calls them, blocking and functional.
 NAMES = {
@@ -38,4 +41,30 @@ class Collectives(TorchDispatchMode):
             name = func._opname
             if name != "wait_tensor":
                 self.counts[NAMES.get(name, name)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Traffic(TorchDispatchMode):
+    """`with Traffic() as found:` collects kind and ranks of each collective, and bytes.
+
+    Those of the largest side: what is summed, what all ranks' parts are together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def __enter__(self) -> Any:
+        super().__enter__()
+        return self.found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = NAMES.get(func._opname, func._opname)
+            groups = [a for a in args if isinstance(a, torch.ScriptObject)]
+            ranks = dist.ProcessGroup.unbox(groups[0]).size()
+            side = args[1] if kind == "reduce_scatter" else args[0]
+            size = sum(leaf.nbytes for leaf in tree_leaves(side) if isinstance(leaf, torch.Tensor))
+            count, before = self.found.get((kind, ranks), (0, 0))
+            self.found[kind, ranks] = count + 1, before + size
         return func(*args, **(kwargs or {}))

@@ -60,6 +60,18 @@ class Watch(Protocol):
         """Keras's `random.dropout`, which is `draw`."""
 
 
+class _Scope(StatelessScope):
+    """Gives of a variable what `read` gives, until something is assigned to it."""
+
+    def __init__(self, read: Callable[[Any], torch.Tensor | None]):
+        super().__init__(collect_losses=True)
+        self._read = read
+
+    def get_current_value(self, variable: Any) -> Any:
+        assigned = super().get_current_value(variable)
+        return self._read(variable) if assigned is None else assigned
+
+
 @contextlib.contextmanager
 def rehearsal(
     owners: list[Owner],
@@ -67,7 +79,8 @@ def rehearsal(
     calls: Iterable[tuple[Any, Callable[..., Any]]] = (),
     attributes: Iterable[tuple[Any, str, Any]] = (),
     watch: Watch | None = None,
-) -> Iterator[None]:
+    read: Callable[[Any], torch.Tensor | None] | None = None,
+) -> Iterator[list[torch.Tensor]]:
     """While open, layers compute without values, and change nothing that stays.
 
     Args:
@@ -76,6 +89,10 @@ def rehearsal(
         calls: layers, and what is called in place of their `call`; they take any input.
         attributes: layers, names and values of attributes that they have meanwhile.
         watch: what sees more of it than torch's functions.
+        read: gives the tensor that is read of a variable, each time, in place of `weights`. With
+            it gradients are followed.
+
+    Gives the losses that layers add, as they do.
     """
     before = [(vars(owner.layer), dict(vars(owner.layer))) for owner in owners]
     filtering = keras.config.is_traceback_filtering_enabled()
@@ -86,16 +103,18 @@ def rehearsal(
             vars(layer)["_input_spec"] = None
         for layer, name, value in attributes:
             vars(layer)[name] = value
-        owned = [(v, weight_without_values(v)) for v in variables_of(owners)]
+        owned = [(v, weight_without_values(v)) for v in variables_of(owners) if read is None]
+        follows = watch is not None or read is not None
         with (
             _on_meta_unnoticed(),
-            torch.set_grad_enabled(watch is not None),
+            torch.set_grad_enabled(follows),
             contextlib.ExitStack() as stack,
         ):
             stack.enter_context(on_rows_of(None))
-            stack.enter_context(StatelessScope([*owned, *weights], collect_losses=True))
+            scope = _Scope(read) if read else StatelessScope([*owned, *weights], True)
+            stack.enter_context(scope)
             stack.enter_context(_watched(watch))
-            yield
+            yield scope.losses
     finally:
         if filtering:
             keras.config.enable_traceback_filtering()
@@ -160,6 +179,11 @@ def weight_without_values(variable: Any) -> torch.Tensor:
     return torch.empty(tuple(variable.shape), dtype=to_torch_dtype(variable.dtype), device=META)
 
 
+def as_layers_see(variable: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """What is read of a variable, in the dtype that the layer whose call runs computes in."""
+    return variable._maybe_autocast(tensor)
+
+
 def keras_mask(tensor: Any) -> Any:
     """The mask that Keras has put on a tensor, or None."""
     return getattr(tensor, "_keras_mask", None)
@@ -205,14 +229,20 @@ def rehearse_model(
         model(*positional, **named, **training)
 
 
+def inputs_struct(model: Any) -> Any:
+    """What a model takes, as Keras's symbolic tensors; None of one that does not tell."""
+    struct = getattr(model, "_inputs_struct", None)
+    if struct is None and isinstance(model, keras.Sequential) and model._functional is not None:
+        struct = model._functional._inputs_struct
+    return struct
+
+
 def _inputs_of(model: Any, sizes: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def empty(shape: Any, dtype: Any) -> torch.Tensor:
         known = [sizes[min(i, 1)] if size is None else size for i, size in enumerate(shape)]
         return keras.ops.zeros(known, dtype)
 
-    struct = getattr(model, "_inputs_struct", None)
-    if struct is None and isinstance(model, keras.Sequential) and model._functional is not None:
-        struct = model._functional._inputs_struct
+    struct = inputs_struct(model)
     if struct is not None:
         given = keras.tree.map_structure(lambda t: empty(t.shape, t.dtype), struct)
         return (given,), {}

@@ -1,0 +1,49 @@
+"""Whether a weight is worth cutting whose layer has nobody to hand a shard to.
+
+A table of embeddings cut along its words costs an all-reduce of what it gives, and a head, the
+last layer, a gather of what it gives and an all-reduce of the gradient of what it takes.
+It is worth it if what a rank need not keep then, of `COPIES` of the weight, is as many bytes as
+what it communicates for `POSITIONS` positions: then even a step that computes so many
+saves what it sends. A small head of few classes is not, the vocabulary of a language model is.
+"""
+
+from __future__ import annotations
+
+import math
+
+from keras_tp.candidates import WIDTH, WORDS, Candidate
+from keras_tp.tables import size_text
+
+# The weight, its gradient and two slots of the optimizer.
+COPIES = 4
+# Rows times tokens that a replica computes in a step.
+POSITIONS = 4096
+
+
+def worth_cutting(candidate: Candidate, itemsize: int) -> tuple[str, str]:
+    """The label to cut a table or a head along, or "" and the price for which it is not done.
+
+    Args:
+        candidate: the layer.
+        itemsize: bytes of an element of its weight, and of what it computes.
+    """
+    sizes = candidate.sizes
+    if candidate.is_lookup:
+        label = WORDS if sizes[WORDS] >= candidate.parts else ""
+        sent = 2 * sizes[WIDTH]
+    else:
+        columns = candidate.columns()
+        label = columns[0] if columns else ""
+        given = math.prod(sizes[x] for x in candidate.outputs)
+        sent = given + 2 * math.prod(sizes[x] for x in candidate.inputs)
+    if not label:
+        return "", ""
+    share = (candidate.parts - 1) / candidate.parts  # of a ring's rounds, too
+    saved = COPIES * math.prod(sizes.values()) * itemsize * share
+    moved = POSITIONS * sent * itemsize * share
+    if saved >= moved:
+        return label, ""
+    return "", (
+        f"cut, a rank would keep {size_text(saved)} less ({COPIES} copies of the weight) and send "
+        f"{size_text(moved)} for {POSITIONS} positions"
+    )
