@@ -179,7 +179,7 @@ ONE: dict[str, Function] = {
     "outer": lambda x, d: torch.einsum("...a,...b->...ab", x, x),
     "inner": lambda x, d: torch.einsum("...a,...a->...", x, x),
 }
-SHAPES = [(4,), (2, 6), (6, 4), (4, 2, 6), (2, 4, 4), (1, 4, 2), (2, 6, 4, 2), (3, 2, 4, 8)]
+SHAPES = [(4,), (6, 4), (4, 2, 6), (1, 4, 2), (2, 6, 4, 2)]
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -286,7 +286,7 @@ def test_what_mixes_parts_is_not_known(name: str) -> None:
 LABELS = "abcd"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_products_of_any_labels(data: Any) -> None:
     """Any einsum of two, shards along any label of either."""

@@ -16,7 +16,7 @@ from typing import Any
 import parity
 import pytest
 from layer_cases import CASES, floats
-from matrix import MESHES, PAGE, TOGETHER, Cell, on_page, page, rows_of
+from matrix import MESHES, PAGE, Cell, alone_on, on_page, page, rows_of
 
 import keras_tp
 
@@ -105,7 +105,7 @@ def test_every_dim_of_every_weight(
     had a wrong input gradient on all ranks but one. `test_breaks.py` breaks the code in these and
     other ways and sees these comparisons fail."""
     writing = request.config.getoption("--write-layers")
-    alone = writing or mesh not in TOGETHER
+    alone = writing or alone_on(name, mesh)
     answers = ranks(math.prod(MESHES[mesh].values()))(measure, name, mesh, alone, timeout=300.0)
     for cells in answers:
         for cell in cells:
