@@ -163,8 +163,9 @@ def train(name: str, size: int, float64: bool) -> parity.Report:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("size", MESHES)
-@pytest.mark.parametrize(("float64", "allowed"), [(True, 1e-10), (False, 5e-5)])
+@pytest.mark.parametrize(
+    ("size", "float64", "allowed"), [(2, True, 1e-10), (4, True, 1e-10), (2, False, 5e-5)]
+)
 def test_numbers_of_one_process(
     ranks: Any, name: str, size: int, float64: bool, allowed: float
 ) -> None:
@@ -190,7 +191,10 @@ def generate(name: str, size: int) -> tuple[Any, Any]:
             layout_map = kind.get_layout_map(keras_tp.device_mesh(MESHES[size]))
             keras_tp.parallelize(model, layout_map)
         model.compile(sampler="greedy")
-        texts.append(model.generate(prompt, stop_token_ids=None)["token_ids"])
+        with warnings.catch_warnings():
+            # A cache has all heads, so that attention on it gathers, and says so.
+            warnings.filterwarnings("ignore", ".*planned to stay sharded", keras_tp.LayoutWarning)
+            texts.append(model.generate(prompt, stop_token_ids=None)["token_ids"])
     return texts[0], texts[1]
 
 
