@@ -2,7 +2,7 @@
 
 What layers hand each other as shards is cut wherever it is found (`keras_tp.searches`): it
 costs what Megatron-LM's layout costs and no rank stores more. Tables of embeddings and the last
-layer have nobody to hand a shard to, and are cut if they are worth it (`keras_tp.prices`).
+layer have nobody to hand a shard to, and are cut if they are worth it (`keras_tp.worth`).
 What the planner then finds otherwise is left whole.
 """
 

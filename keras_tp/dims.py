@@ -276,8 +276,8 @@ RULES: dict[str, Rule] = {
     **_rules(elementwise, "to float double clone detach where masked_fill"),
 }
 
+# What they give is the same all along a dim that they make.
+UNIFORM = {"expand", "broadcast_to", "ones", "zeros", "full", "empty"}
+
 # Their sizes may differ between a rank and the whole: the shapes of what they give are compared.
-SIZED = {
-    *("reshape", "view", "flatten", "unflatten", "expand", "broadcast_to"),
-    *("ones", "zeros", "full", "empty"),
-}
+SIZED = {*("reshape", "view", "flatten", "unflatten"), *UNIFORM}

@@ -11,6 +11,7 @@ Python, it is seen as it runs.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +60,7 @@ class Numbers:
         return self.kept.setdefault(id(tensor), (tensor, len(self.kept)))[1]
 
 
-class Run(TorchFunctionMode):
+class Run(TorchFunctionMode, ABC):
     """A run that looks away while it is `resting`."""
 
     def __init__(self) -> None:
@@ -83,6 +84,15 @@ class Run(TorchFunctionMode):
         if name_of(func) == "contiguous" and result is args[0]:
             return result.view_as(result)  # whether it is depends on sizes of 1
         return result
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._resting:
+            return func(*args, **(kwargs or {}))
+        return self.seen(func, *self.with_values((args, kwargs or {})))
+
+    @abstractmethod
+    def seen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function, and looks at it."""
 
     @property
     def is_resting(self) -> bool:
@@ -111,11 +121,8 @@ class Whole(Run):
         self.events: list[Event] = []
         self.numbers = Numbers()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._resting:
-            return func(*args, **kwargs)
-        args, kwargs = self.with_values((args, kwargs))
+    def seen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """See `Run.seen`."""
         given = tensors_in((args, kwargs))
         before = [tuple(t.shape) for t in given]
         result = self.called(func, args, kwargs)

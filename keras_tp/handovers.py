@@ -115,7 +115,8 @@ def find_regions(
         return found
     variables = variables_of(owners)
     cut = frozenset(id(v) for v, p in zip(variables, plans, strict=True) if p.sharded)
-    search = _Search(found, owners, along, sizes, cut)
+    everywhere = {id(v): number for number, v in enumerate(variables)}
+    search = _Search(found, owners, along, sizes, cut, everywhere)
     try:
         look_at_layers(model, owners, search.look_at)
     except Exception as error:
@@ -171,6 +172,7 @@ class _Search:
     along: dict[str, list[Member]]
     sizes: dict[str, int]
     cut: frozenset[int]
+    everywhere: dict[int, int]  # numbers of variables, by identity
     settled: set[int] = field(default_factory=set)
     tried: set[frozenset[int]] = field(default_factory=set)
 
@@ -191,7 +193,6 @@ class _Search:
     def _settle(self, layer: Any, axis: str, below: list[Owner], proof: Proof) -> None:
         members = tuple(sorted(proof.handed | proof.taken))
         self.settled |= set(members)
-        everywhere = {id(v): i for i, v in enumerate(variables_of(self.owners))}
         here = variables_of(below)
         self.found.proofs.append(proof)
         self.found.regions.append(
@@ -199,7 +200,7 @@ class _Search:
                 layer=next(i for i, o in enumerate(self.owners) if o.layer is layer),
                 axis=axis,
                 members=members,
-                summed=tuple(sorted(everywhere[id(here[n])] for n in proof.summed)),
+                summed=tuple(sorted(self.everywhere[id(here[n])] for n in proof.summed)),
                 divided=tuple((below[n].path, name, value) for n, name, value in proof.divided),
             )
         )

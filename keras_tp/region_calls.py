@@ -58,7 +58,6 @@ class RegionCall:
         layer: the layer.
         members: layers below it, with the stage of each along the axis.
         axis: along which they compute on shards.
-        planned: whether each hands on or takes a shard by the plan, to say where it does not.
     """
 
     style = "region"

@@ -54,9 +54,9 @@ def _divisions(call: Call) -> list[tuple[tuple[int, str, int], ...]]:
         if id(owner.layer) not in mine
         and type(value) is int
         and "heads" in name
-        and (value in sizes or any(size % value == 0 for size in sizes if value))
         and value
         and value % call.parts == 0
+        and any(size % value == 0 for size in sizes)
     )
     return [found] if found else []
 
@@ -85,8 +85,8 @@ def _prove(
         rehearsal = kind(call, local, divided, refused, summed)
         try:
             rehearsal.run()
-        except LostTrack:
-            local.refuse_last(everyone - refused.keys(), count, local.reason)
+        except LostTrack as lost:
+            local.refuse_last(everyone - refused.keys(), count, str(lost))
             count *= 2
         except Exception as error:
             reason = f"it cannot be called on shards ({shortened(error)})"
@@ -103,9 +103,6 @@ def _prove(
 def shortened(error: Exception) -> str:
     """An error in a line, the same on every rank."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].startswith("Exception encountered when calling"):
-        # What Keras has put around it goes.
-        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines[1:]]
     text = re.sub(r"0x[0-9a-f]+", "0x", lines[0][:120] if lines else "")
     return f"{type(error).__name__}: {text}"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Shard
 
-from keras_tp.dry_runs import Whole
+from keras_tp.dry_runs import LostTrack, Whole
 from keras_tp.flows import Flow, Unproven, even, tensors_in
 from keras_tp.layouts import Shape
 from keras_tp.plans import StylePlan
@@ -142,7 +142,7 @@ class Rehearsal:
 
     def _check_end(self, watch: Local, result: Any) -> None:
         if watch.position != len(watch.events):
-            raise watch.lost("on shards it does less")
+            raise LostTrack("on shards it does less")
         watch.check_gradients(tensors_in(result))
         for tensor in tensors_in(result):
             flow = watch.flow_of(tensor)
@@ -222,7 +222,7 @@ class Rehearsal:
         elif tuple(y.shape) != (
             event.out[0] if flow.dim is None else even(event.out[0], flow.dim, self.request.parts)
         ):
-            raise watch.lost("dropout of another shape")
+            raise LostTrack("dropout of another shape")
         watch.set_flow(y, flow)
         self.draws.append(flow.dim)
         return y

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from keras_tp.dims import RULES, SIZED
+from keras_tp.dims import RULES, SIZED, UNIFORM
 from keras_tp.dry_runs import Event, LostTrack, Numbers, Run, name_of, values_in
 from keras_tp.flows import (
     Applied,
@@ -41,10 +41,7 @@ class Local(Run):
         refused: numbers of layers whose output has to be gathered, each with the reason.
         summed: numbers of weights whose gradients have to be summed over the ranks.
         mixed: numbers of weights that are used on shards and on whole tensors alike.
-        reason: why track was lost, if it was.
     """
-
-    reason = ""
 
     def __init__(self, events: list[Event], parts: int):
         super().__init__()
@@ -58,11 +55,6 @@ class Local(Run):
         self.mixed: set[int] = set()
         self.started: dict[int, None] = {}  # in their order
 
-    def lost(self, reason: str) -> LostTrack:
-        """The exception to raise; the reason is kept, as Keras words exceptions anew."""
-        self.reason = reason
-        return LostTrack(reason)
-
     def flow_of(self, tensor: torch.Tensor) -> Flow:
         """What is known of a tensor; one from elsewhere is a constant, if it has values.
 
@@ -72,7 +64,7 @@ class Local(Run):
         flow = self.flows.get(id(tensor))
         if flow is None:
             if tensor.is_meta:
-                raise self.lost("a tensor comes from a place that cannot be followed")
+                raise LostTrack("a tensor comes from a place that cannot be followed")
             flow = Flow(grad=tensor.requires_grad, weights=None)
         return flow
 
@@ -92,7 +84,7 @@ class Local(Run):
         if not origins and not partial:  # what shards have led to it is not known
             origins = set(self.started)
             if not origins:
-                raise self.lost(reason)
+                raise LostTrack(reason)
         for origin in origins:
             self.refused.setdefault(origin, reason)
 
@@ -108,18 +100,15 @@ class Local(Run):
             LostTrack: it is another.
         """
         if self.position == len(self.events):
-            raise self.lost(f"on shards it goes on, with {name}")
+            raise LostTrack(f"on shards it goes on, with {name}")
         event = self.events[self.position]
         self.position += 1
         if event.name != name or event.wiring != [self.numbers.of(t) for t in given]:
-            raise self.lost(f"on shards it calls {name} where it calls {event.name} on the whole")
+            raise LostTrack(f"on shards it calls {name} where it calls {event.name} on the whole")
         return event
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._resting:
-            return func(*args, **kwargs)
-        args, kwargs = self.with_values((args, kwargs))
+    def seen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """See `Run.seen`."""
         given = tensors_in((args, kwargs))
         failure = None
         try:
@@ -138,7 +127,7 @@ class Local(Run):
         self.check_gradients(given)
         if failure is not None:
             if not any(flow.local for flow in flows):
-                raise self.lost(f"{event.name} fails on shards: {failure}") from failure
+                raise LostTrack(f"{event.name} fails on shards: {failure}") from failure
             self.refuse(flows, f"{event.name} cannot be computed on shards")
             return self._as_on_the_whole(event)
         if event.name not in SIZED and values_in((args, kwargs)) != event.values:
@@ -194,7 +183,7 @@ class Local(Run):
                     raise Unproven(f"{event.name} is not known to keep shards apart")
                 rule = elementwise
             dims = list(rule(call))
-        elif event.name in ("expand", "broadcast_to", "ones", "zeros", "full", "empty"):
+        elif event.name in UNIFORM:
             dims = [self._uniform(event, given, flows, local)]
         for dim, whole, part in zip(dims, event.out, local, strict=True):
             if part != (whole if dim is None else even(whole, dim, self.parts)):
@@ -243,7 +232,7 @@ class Local(Run):
         if len(made) == 1 and not isinstance(result, tuple | list):
             return made[0]
         if result is None or len(made) != len(result):
-            raise self.lost(f"{event.name} cannot be computed on shards")
+            raise LostTrack(f"{event.name} cannot be computed on shards")
         return type(result)(made)
 
 

@@ -194,17 +194,17 @@ def is_computed_again(layer: Any) -> bool:
     return getattr(layer, "_remat_mode", None) is not None
 
 
-def bare_call(layer: Any, activation: str = "activation") -> Callable[..., torch.Tensor]:
+def bare_call(layer: Any) -> Callable[..., torch.Tensor]:
     """The class's own `call` of a layer, but for its activation."""
 
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         attributes = vars(layer)
-        kept = attributes.get(activation)
-        attributes[activation] = None
+        kept = attributes.get("activation")
+        attributes["activation"] = None
         try:
             return type(layer).call(layer, *args, **kwargs)
         finally:
-            attributes[activation] = kept
+            attributes["activation"] = kept
 
     return call
 

@@ -19,22 +19,13 @@ from counting import Collectives
 from keras_hub import models
 
 import keras_tp
-from hub.test_hub import casts_to_float64
+from hub.test_hub import GEMMA2, casts_to_float64
 
 BLOCKS, VOCABULARY, TOKENS, CLASSES = 2, 30, 6, 7
 TEXT = {"vocabulary_size": VOCABULARY, "num_layers": BLOCKS, "hidden_dim": 16}
 TEXT["intermediate_dim"] = 24
 OLD = {**TEXT, "num_heads": 4, "max_sequence_length": 8, "dropout": 0.0}
 NEW = {**TEXT, "num_query_heads": 4, "num_key_value_heads": 2}
-GEMMA2 = {
-    "head_dim": 4,
-    "use_post_ffw_norm": True,
-    "use_post_attention_norm": True,
-    "attention_logit_soft_cap": 5.0,
-    "final_logit_soft_cap": 3.0,
-    "use_sliding_window_attention": True,
-    "sliding_window_size": 3,
-}
 IMAGE = {"image_shape": (8, 8, 3), "patch_size": 4, "num_layers": BLOCKS, "num_heads": 4}
 
 # Backbone, its configuration, and how many weights of a block have gradients to be summed besides.
@@ -44,7 +35,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "qwen": (models.QwenBackbone, NEW, 0),
     "qwen3": (models.Qwen3Backbone, {**NEW, "head_dim": 4}, 2),
     "gemma": (models.GemmaBackbone, {**NEW, "head_dim": 4}, 0),
-    "gemma2": (models.GemmaBackbone, {**NEW, **GEMMA2}, 0),
+    "gemma2": (models.GemmaBackbone, GEMMA2, 0),
     "gpt2": (models.GPT2Backbone, OLD, 0),
     "opt": (models.OPTBackbone, OLD, 0),
     "bert": (models.BertBackbone, OLD, 0),
