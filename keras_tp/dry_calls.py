@@ -15,9 +15,10 @@ from keras import ops
 from torch.distributed.tensor import Partial, Shard
 
 from keras_tp.computations import Contraction
-from keras_tp.dry_collectives import DryAxis, copy, gather, reduce, split
+from keras_tp.dry_collectives import DryAxis, DryMeeting, copy, gather, reduce, split
 from keras_tp.dry_drops import DryParts
 from keras_tp.dry_weights import DryWeights
+from keras_tp.outputs import ShardedOutput
 from keras_tp.plans import LayerPlan, Region, StylePlan
 from keras_tp.regions import prove
 from keras_tp.rehearsal import Call as ShownCall
@@ -106,6 +107,8 @@ class DryShardCall:
     def _leave(self, stage: DryStage, y: torch.Tensor) -> torch.Tensor:
         if isinstance(stage.plan.output, Shard) and not stage.kept:
             dim, size = stage.plan.output.dim, stage.plan.size
+            if stage.plan.open:
+                return ShardedOutput.of(y, dim % y.dim(), DryMeeting(stage.axis, self.path))
             return gather(y, dim, size, stage.axis, self.path, "output")
         return y
 

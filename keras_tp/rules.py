@@ -234,7 +234,8 @@ def collectives_of(
     all-reduce with nothing to do backward; and a replicated input used on
     sharded weights gets a partial gradient. Ids, which a lookup takes, get none. What is
     given or kept as a shard costs nothing, but for a bias that is whole: each rank has
-    the gradient of its part (or, of one that is broadcast over the shard, a summand).
+    the gradient of its part (or, of one that is broadcast over the shard, a summand). What is
+    open costs what the loss and metrics ask of it (`keras_tp.crossings`), which is not counted.
     Where replicas compute other rows (`of_rows`), a gathered weight's gradients are
     summed and cut.
     """
@@ -246,13 +247,13 @@ def collectives_of(
                 backward.append(Collective("reduce_scatter", style.axis, name))
     if isinstance(style.output, Partial):
         forward.append(Collective("all_reduce", style.axis, "output"))
-    if isinstance(style.output, Shard) and not style.kept:
+    if isinstance(style.output, Shard) and not (style.kept or style.open):
         forward.append(Collective("all_gather", style.axis, "output"))
     if isinstance(computation, Contraction) and style.name != "gathered" and not style.given:
         kind = "all_gather" if isinstance(style.input, Shard) else "all_reduce"
         backward.append(Collective(kind, style.axis, "input gradient"))
     whole_bias = "bias" in weights and "bias" not in style.local
-    if isinstance(computation, Contraction) and style.kept and whole_bias:
+    if isinstance(computation, Contraction) and (style.kept or style.open) and whole_bias:
         dim = bias_dim(style, computation, weights["bias"].shape)
         kind = "all_reduce" if dim is None else "all_gather"
         backward.append(Collective(kind, style.axis, "bias gradient"))

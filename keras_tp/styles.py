@@ -24,7 +24,10 @@ from torch.distributed.tensor.parallel import style as torch_style
 from keras_tp.calls import GatheredCall, Stage, shard_call
 from keras_tp.collectives import Axis, copy, gather, reduce, split
 from keras_tp.computations import Computation
+from keras_tp.meetings import AxisMeeting
+from keras_tp.outputs import ShardedOutput
 from keras_tp.plans import StylePlan
+from keras_tp.seam.contexts import in_step
 from keras_tp.seam.variables import ShardedVariable
 
 
@@ -61,7 +64,8 @@ class _ShardStyle(Stage):
 class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
     """Output dim sharded: replicated input, gathered output.
 
-    Forward one all-gather of the output, none where it is kept as a shard; backward one
+    Forward one all-gather of the output, none where it is kept as a shard, or in one of Keras's
+    steps is left open for the loss (`keras_tp.outputs`); backward one
     all-reduce of the input's gradient (none for a lookup), for all that read the same together.
     """
 
@@ -75,6 +79,9 @@ class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
         return copy(x, self.axis) if self.copies is None else self.copies.of(x)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
+        if self.plan.open and in_step():
+            assert isinstance(self.plan.output, Shard)
+            return ShardedOutput.of(y, self.plan.output.dim % y.dim(), AxisMeeting(self.axis))
         return self._gather(y)
 
 

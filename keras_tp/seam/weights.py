@@ -48,7 +48,7 @@ class FullWeight(torch.Tensor):
         kwargs = kwargs or {}
         weight = args[0] if args and isinstance(args[0], cls) else None
         if weight is not None:
-            if func in _OF_THE_GRADIENT and weight._tracked:
+            if func in OF_THE_GRADIENT and weight._tracked:
                 answer = func(weight._variable._value, *args[1:], **kwargs)
                 return weight if answer is weight._variable._value else answer
             if func in OF_THE_SHAPE:
@@ -62,7 +62,7 @@ class FullWeight(torch.Tensor):
         given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, cls)]
         path = given[0]._variable.path
         name = getattr(func, "__name__", str(func))
-        if any(isinstance(leaf, cls) for leaf in tree_iter(_written(func, args, kwargs))):
+        if any(isinstance(leaf, cls) for leaf in tree_iter(written(func, args, kwargs))):
             raise write_error(path, f"torch's {name}")
         full: dict[Any, torch.Tensor] = {}  # each weight is gathered once, however often given
 
@@ -138,8 +138,8 @@ class WeightView(torch.Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         views = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, cls)]
-        for leaf in tree_iter(_written(func, args, kwargs)):
-            if isinstance(leaf, cls) and func not in _OF_THE_GRADIENT:
+        for leaf in tree_iter(written(func, args, kwargs)):
+            if isinstance(leaf, cls) and func not in OF_THE_GRADIENT:
                 raise write_error(leaf._path, f"torch's {name}")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -188,7 +188,7 @@ def write_error(path: str, where: str) -> LayoutError:
     )
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments that `func` writes into."""
     name = getattr(func, "__name__", "").split(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
@@ -209,7 +209,7 @@ def _methods(*names: str) -> set[Any]:
 
 
 # What the shard answers.
-_OF_THE_GRADIENT = {
+OF_THE_GRADIENT = {
     *_getters("grad", "is_leaf", "requires_grad"),
     *(_TENSOR.grad.__set__, _TENSOR.grad.__delete__, _TENSOR.requires_grad.__set__),
     *_methods("requires_grad_", "retain_grad"),
