@@ -1,58 +1,19 @@
 """What torch functions compute across a dim of which each rank has an even part.
 
 A maximum, a sum or one entry of each row are small: they are computed on the parts, and the
-ranks then tell each other so much. The cross-entropy of labels takes two small all-reduces
-forward and none backward (Megatron-LM's takes three; Shoeybi et al. 2019, section 3).
-Whoever has no rule here gathers.
+ranks then tell each other so much (`keras_tp.likelihoods`). What has no rule here is gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from keras_tp.layouts import chunk_bounds
-
-
-class Meeting(Protocol):
-    """What the ranks of an axis do together; on tensors without values, what they would do.
-
-    Attributes:
-        axis: along which they stand.
-        parts: how many there are.
-        rank: the position of this one.
-    """
-
-    @property
-    def axis(self) -> Any: ...
-
-    @property
-    def parts(self) -> int: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    def total(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, which autograd does not see."""
-
-    def highest(self, x: torch.Tensor) -> torch.Tensor:
-        """The maximum over the ranks, which autograd does not see."""
-
-    def reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """See `keras_tp.collectives.reduce`."""
-
-    def copy(self, x: torch.Tensor) -> torch.Tensor:
-        """See `keras_tp.collectives.copy`."""
-
-    def split(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """See `keras_tp.collectives.split`."""
-
-    def gather(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
-        """See `keras_tp.collectives.gather`."""
+from keras_tp.likelihoods import CrossEntropy, LogSoftmax, Meeting, Softmax, check_range, mine_of
 
 
 @dataclass(frozen=True)
@@ -171,24 +132,13 @@ def _picked(call: Crossing) -> Any:
         return None
     if index.shape[call.dim] * 2 > call.part.shape[call.dim]:
         return None  # then to gather is not more
-    _check_range(call.name, index, (index >= 0) & (index < call.full))
-    mine, at = _mine(index, call.start, call.part.shape[call.dim])
+    check_range(call.name, index, (index >= 0) & (index < call.full))
+    mine, at = mine_of(index, call.start, call.part.shape[call.dim])
     if call.name == "gather":
         picked = call.part.gather(call.dim, at)
     else:
         picked = call.part.take_along_dim(at, call.dim)
     return call.meeting.reduce(picked.masked_fill(~mine, 0))
-
-
-def _mine(index: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which indices are of this rank's part, and where in it they are; others are 0."""
-    mine = (index >= start) & (index < start + count)
-    return mine, torch.where(mine, index - start, 0)
-
-
-def _check_range(name: str, index: torch.Tensor, fine: torch.Tensor) -> None:
-    if not index.is_meta:
-        torch._assert_async(fine.all(), f"{name} was given an index that is out of range")
 
 
 def _log_sum_exp(call: Crossing) -> Any:
@@ -208,55 +158,8 @@ def _softmax(call: Crossing) -> Any:
         return None
     dtype = call.kwargs.get("dtype")
     part = call.part if dtype is None else call.part.to(dtype)
-    compute = _LogSoftmax if call.name == "log_softmax" else _Softmax
+    compute = LogSoftmax if call.name == "log_softmax" else Softmax
     return Part(compute.apply(part, call.dim, call.meeting), call.dim)
-
-
-def _normalized(
-    part: torch.Tensor, dim: int, meeting: Meeting
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The part less the maximum, and of it the exponentials and their sum over all parts."""
-    shifted = part - meeting.highest(part.amax(dim, keepdim=True))
-    powers = shifted.exp()
-    return shifted, powers, meeting.total(powers.sum(dim, keepdim=True))
-
-
-class _LogSoftmax(torch.autograd.Function):
-    """Forward two all-reduces of a number for each row, backward one."""
-
-    @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, dim: int, meeting: Meeting) -> torch.Tensor:
-        shifted, _, total = _normalized(part, dim, meeting)
-        result = shifted - total.log()
-        ctx.save_for_backward(result)
-        ctx.dim, ctx.meeting = dim, meeting
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (result,) = ctx.saved_tensors
-        summed = ctx.meeting.total(grad.sum(ctx.dim, keepdim=True))
-        return grad - result.exp() * summed, None, None
-
-
-class _Softmax(torch.autograd.Function):
-    """Forward two all-reduces of a number for each row, backward one."""
-
-    @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, dim: int, meeting: Meeting) -> torch.Tensor:
-        _, powers, total = _normalized(part, dim, meeting)
-        result = powers / total
-        ctx.save_for_backward(result)
-        ctx.dim, ctx.meeting = dim, meeting
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (result,) = ctx.saved_tensors
-        summed = ctx.meeting.total((grad * result).sum(ctx.dim, keepdim=True))
-        return result * (grad - summed), None, None
 
 
 def _cross_entropy(call: Crossing) -> Any:
@@ -266,49 +169,11 @@ def _cross_entropy(call: Crossing) -> Any:
     if not of_labels or weight is not None or reduction != "none" or call.dim != _classes(call):
         return None
     ignored = call.get(4, "ignore_index", default=-100)
-    return _CrossEntropy.apply(call.part, target, call.dim, call.start, ignored, call.meeting)
+    return CrossEntropy.apply(call.part, target, call.dim, call.start, ignored, call.meeting)
 
 
 def _classes(call: Crossing) -> int:
     return 0 if call.part.dim() == 1 else 1
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Forward an all-reduce of one number for each row, and one of two; backward none."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        part: torch.Tensor,
-        target: torch.Tensor,
-        dim: int,
-        start: int,
-        ignored: int,
-        meeting: Meeting,
-    ) -> torch.Tensor:
-        count = part.shape[dim]
-        kept = target != ignored
-        within = (target >= 0) & (target < count * meeting.parts)
-        _check_range("cross_entropy", target, within | ~kept)
-        mine, at = _mine(target, start, count)
-        mine &= kept
-        shifted = part - meeting.highest(part.amax(dim, keepdim=True))
-        own = shifted.gather(dim, at.unsqueeze(dim)).squeeze(dim).masked_fill(~mine, 0)
-        powers = shifted.exp_()
-        total, own = meeting.total(torch.stack([powers.sum(dim), own])).unbind()
-        ctx.save_for_backward(powers.div_(total.unsqueeze(dim)), mine, kept, at)
-        ctx.dim = dim
-        return (total.log() - own).masked_fill(~kept, 0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        chances, mine, kept, at = ctx.saved_tensors
-        grad = grad.masked_fill(~kept, 0).unsqueeze(ctx.dim)
-        given = chances * grad
-        own = grad.masked_fill(~mine.unsqueeze(ctx.dim), 0)
-        given.scatter_add_(ctx.dim, at.unsqueeze(ctx.dim), -own)
-        return given, *[None] * 5
 
 
 def _negative_likelihood(call: Crossing) -> Any:
@@ -318,8 +183,8 @@ def _negative_likelihood(call: Crossing) -> Any:
         return None
     ignored = call.get(4, "ignore_index", default=-100)
     kept = target != ignored
-    _check_range("nll_loss", target, ((target >= 0) & (target < call.full)) | ~kept)
-    mine, at = _mine(target, call.start, call.part.shape[call.dim])
+    check_range("nll_loss", target, ((target >= 0) & (target < call.full)) | ~kept)
+    mine, at = mine_of(target, call.start, call.part.shape[call.dim])
     own = call.part.gather(call.dim, at.unsqueeze(call.dim)).squeeze(call.dim)
     return -call.meeting.reduce(own.masked_fill(~(mine & kept), 0))
 

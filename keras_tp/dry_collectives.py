@@ -7,7 +7,8 @@ Each function makes the tensors that its like in `keras_tp.collectives` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,7 +169,7 @@ def _rows(x: torch.Tensor, sizes: tuple[int, ...], axis: DryAxis) -> torch.Tenso
 
 @dataclass(frozen=True)
 class DryMeeting:
-    """See `keras_tp.crossings.Meeting` and `keras_tp.meetings`.
+    """See `keras_tp.likelihoods.Meeting` and `keras_tp.meetings`.
 
     Attributes:
         axis: along which the ranks stand.
@@ -203,3 +204,12 @@ class DryMeeting:
 
     def gather(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
         return gather(x, dim, total, self.axis, self.layer, "output")
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        ledger = self.axis.ledger
+        before, ledger.resting = ledger.resting, True
+        try:
+            yield
+        finally:
+            ledger.resting = before

@@ -14,7 +14,7 @@ from typing import Any
 from torch.distributed.tensor import Shard
 
 from keras_tp.computations import Computation, Lookup
-from keras_tp.heads import Recorder, may_be_head
+from keras_tp.heads import Head, Recorder, gives_columns
 from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
@@ -33,6 +33,7 @@ class Found:
         regions: in the order in which they were found.
         proofs: of each, what was proven.
         heads: numbers of column layers whose output may stay a shard until the loss.
+        reversed: numbers of tables that are called in reverse, for logits.
         reasons: for members that are in none, why not, by number.
         note: what the user should know; empty if nothing.
     """
@@ -40,12 +41,13 @@ class Found:
     regions: list[Region] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
     heads: frozenset[int] = frozenset()
+    reversed: frozenset[int] = frozenset()
     reasons: dict[int, str] = field(default_factory=dict)
     note: str = ""
 
     def styled(self, number: int, style: StylePlan) -> StylePlan:
         """A layer's style with what is handed to it and by it."""
-        if number in self.heads and style.name == "column":
+        if number in self.heads and style.name in ("column", "vocabulary"):
             return replace(style, open=True)
         for region, proof in zip(self.regions, self.proofs, strict=True):
             if region.axis == style.axis and number in region.members:
@@ -116,10 +118,10 @@ def find_regions(
     found = Found()
     along = {axis: members_along(axis, owners, layers) for axis in sizes}
     heads = [
-        member
-        for axis, members in along.items()
-        for member in members
-        if may_be_head(member, sizes[axis])
+        Head(number, owner.layer, style, layer.computation)
+        for number, (owner, layer) in enumerate(zip(owners, layers, strict=True))
+        for style in layer.styles
+        if style.axis in sizes and gives_columns(style, layer.computation)
     ]
     along = {axis: members for axis, members in along.items() if can_pair(members)}
     if not along and not heads:
@@ -133,6 +135,7 @@ def find_regions(
         with recorder:
             look_at_layers(model, owners, search.look_at, recorder.calls_of(heads))
         found.heads = recorder.heads(search.result, sizes)
+        found.reversed = frozenset(recorder.reversed)
     except Exception as error:
         found.note = (
             f"the model could not be called without values ({shortened(error)}), so that it is not "

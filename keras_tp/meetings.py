@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from keras_tp.collectives import Axis, copy, gather, reduce, split
 
 @dataclass(frozen=True)
 class AxisMeeting:
-    """See `keras_tp.crossings.Meeting`. Each is one collective, of `copy` and `split` backward.
+    """See `keras_tp.likelihoods.Meeting`. Each is one collective, of `copy` and `split` backward.
 
     Attributes:
         axis: the axis.
@@ -50,3 +51,6 @@ class AxisMeeting:
 
     def gather(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
         return gather(x, dim, total, self.axis)
+
+    def looking(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()

@@ -76,7 +76,7 @@ def make_plan(
         if size > 1 and axis != replicas
     }
     found = find_regions(model, owners, layers, plans, computing)
-    if found.regions or found.reasons or found.heads:
+    if found != Found():
         layers = _plan_layers(owners, plans, index, mesh, replicas, found)
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
     for sentence in (*unused, *said):
@@ -201,7 +201,13 @@ def _plan_layer(
         if style is not None:
             style = found.styled(number, style)
             styles.append(style)
-            ahead, back = collectives_of(style, known, weights, of_rows=axis == replicas)
+            ahead, back = collectives_of(
+                style,
+                known,
+                weights,
+                of_rows=axis == replicas,
+                reversed_too=number in found.reversed,
+            )
             if not found.wants_gradient(number, style):
                 back = tuple(c for c in back if c.of != "input gradient")
             forward += ahead

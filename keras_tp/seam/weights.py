@@ -34,9 +34,7 @@ class FullWeight(torch.Tensor):
     def make(cls, variable: Any, tracked: bool) -> FullWeight:
         """Without a graph; `tracked` is False for what `detach()` gives."""
         local = variable._value
-        weight = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(variable.shape), dtype=local.dtype, device=local.device
-        )
+        weight = without_storage(cls, tuple(variable.shape), local)
         weight._variable = variable
         weight._tracked = tracked
         return weight
@@ -52,8 +50,7 @@ class FullWeight(torch.Tensor):
                 answer = func(weight._variable._value, *args[1:], **kwargs)
                 return weight if answer is weight._variable._value else answer
             if func in OF_THE_SHAPE:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
+                return of_the_tensor(func, args, kwargs)
             if func in _DETACHED:
                 return cls.make(weight._variable, tracked=False)
         if func is torch.autograd.grad:
@@ -124,6 +121,17 @@ class _Tracked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return ctx.variable._sharding.local(grad), None
+
+
+def without_storage(cls: Any, shape: tuple[int, ...], like: torch.Tensor) -> Any:
+    """A tensor of a class of its own that has no values; dtype and device are those of `like`."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+
+def of_the_tensor(func: Any, args: Any, kwargs: Any) -> Any:
+    """What torch's function answers of tensors of classes of their own, as of any tensors."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 class WeightView(torch.Tensor):
