@@ -31,7 +31,7 @@ def bias_once_per_rank() -> Any:
     """torchtitan #4245."""
     right = ContractionCall.compute
 
-    def compute(self: Any, inputs: Any) -> Any:
+    def compute(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         y = right(self, inputs)
         rows = sum(stage.axis.size - 1 for stage in self.stages if stage.plan.name == "row")
         return y + rows * self.read("bias") if rows and "bias" in self.weights else y
@@ -82,7 +82,7 @@ def activation_on_shards() -> Any:
     """A softmax over a part of its dim."""
     right = ContractionCall.compute
 
-    def compute(self: Any, inputs: Any) -> Any:
+    def compute(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         activation, self.layer.activation = self.layer.activation, None
         try:
             y = right(self, inputs)

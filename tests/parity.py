@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+import torch.distributed as dist
 from precision import real_float64
 
 import keras_tp
@@ -75,6 +76,24 @@ def layout_map(layout: Layout, mesh: Any) -> Any:
     return made
 
 
+def once(compute: Callable[[], Any]) -> Any:
+    """What one rank computes for all: of one process, each would find the same. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return compute()
+    told: list[Any] = [None]
+    failure = None
+    if dist.get_rank() == 0:
+        try:
+            told = [compute()]
+        except Exception as error:  # nobody is left waiting
+            failure = error
+    dist.broadcast_object_list(told, device=torch.device("cpu"))
+    if failure is not None:
+        raise failure
+    assert told[0] is not None, "the first rank failed"
+    return told[0]
+
+
 def build_seeded(build: Callable[[], Any], seed: int = 7) -> Any:
     keras.utils.clear_session(free_memory=False)  # a garbage collection takes longer than the rest
     keras.utils.set_random_seed(seed)
@@ -103,7 +122,7 @@ class Run:
 
     output: Any
     input_gradients: list[Any]
-    gradients: list[tuple[Any, torch.Tensor]]
+    gradients: list[tuple[str, torch.Tensor]]
     losses: list[Any]
     prediction: Any
     weights: dict[str, Any]
@@ -127,7 +146,7 @@ def compare(
     """
     case = Case(build, data, optimizer, loss, steps)
     with real_float64(float64):
-        one = train(build_seeded(build), case)
+        one = once(lambda: train(build_seeded(build), case))
         model = build_seeded(build)
         return compare_with(one, case, model, keras_tp.plan(model, layout_map(layout, mesh)))
 
@@ -146,11 +165,12 @@ def compare_with(one: Run, case: Case, model: Any, plan: keras_tp.Plan) -> Repor
     )
     for a, b in zip(one.input_gradients, many.input_gradients, strict=True):
         report.input_gradient = max(report.input_gradient, difference(a, b))
-    for (variable, full), (shard, grad) in zip(one.gradients, many.gradients, strict=True):
+    trained = model.trainable_variables
+    for (path, full), (_, grad), shard in zip(one.gradients, many.gradients, trained, strict=True):
         mine = shard_of(shard, full)
         assert tuple(grad.shape) == tuple(mine.shape), shard.path
         gap = float((grad - mine).abs().max()) if grad.numel() else 0.0
-        report.gradients[variable.path] = gap / max(float(full.abs().max()), FLOOR)
+        report.gradients[path] = gap / max(float(full.abs().max()), FLOOR)
     for path, value in one.weights.items():
         report.weights[path] = difference(value, many.weights[path])
     for (path, a), (_, b) in zip(one.slots, many.slots, strict=True):
@@ -168,7 +188,7 @@ def train(model: Any, case: Case) -> Run:
     for v in model.trainable_variables:
         grad = local_tensor(v).grad
         assert grad is not None, v.path
-        gradients.append((v, grad.clone()))
+        gradients.append((v.path, grad.clone()))
     losses = [model.train_on_batch(x, y) for _ in range(case.steps)]  # of CausalLM, with a metric
     return Run(
         output,

@@ -66,7 +66,7 @@ def plain(name: str) -> tuple[parity.Case, parity.Run, list[tuple[str, tuple[int
     trained = parity.Case(case.build, (case.inputs, floats(*outputs.shape)), steps=2)
     model = parity.build_seeded(case.build)
     weights = [(w.path, tuple(w.shape)) for w in model.weights if "seed" not in w.path]
-    return trained, parity.train(model, trained), weights
+    return trained, parity.once(lambda: parity.train(model, trained)), weights
 
 
 def measure(name: str, mesh: str, alone: bool) -> list[Cell]:
