@@ -99,6 +99,7 @@ def _leave() -> None:
     # that was done. They end with the last reference to their group, and the
     # meshes here are to hold the only ones.
     _MESHES.clear()
+    _ASIDE.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -187,6 +188,24 @@ def torch_mesh(shape: MeshShape) -> DeviceMesh:
         ranks = torch.tensor(shape.ranks).reshape(shape.sizes)
         meshes[shape] = DeviceMesh(device_type(), ranks, mesh_dim_names=shape.axes)
     return meshes[shape]
+
+
+# One more group of all ranks, for what is told besides while the others are busy.
+_ASIDE: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def group_aside() -> dist.ProcessGroup:
+    """A gloo group of all ranks of the job, which a thread beside the training may use alone.
+
+    Collective on first use.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if world not in _ASIDE:
+        _ASIDE.clear()
+        _ASIDE[world] = dist.new_group(backend="gloo")
+        _leave_at_exit()
+    return _ASIDE[world]
 
 
 def check_ranks(shape: MeshShape) -> None:
