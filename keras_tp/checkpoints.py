@@ -91,6 +91,19 @@ def save_checkpoint(
     Example:
         >>> keras_tp.save_checkpoint("runs/1", model, step=120, extra={"epoch": 3}, keep=2)
     """
+    return save(directory, model, step, extra, keep, asynchronous)
+
+
+def save(
+    directory: Any,
+    model: Any,
+    step: int,
+    extra: dict[str, Any] | None,
+    keep: int | None,
+    asynchronous: bool,
+    begun: Any = None,
+) -> Saving:
+    """`save_checkpoint`, with the random state in which this rank began to read its data."""
     _settle()
     crew = Crew(held_together(model))
     archive, extra = Archive(directory), {} if extra is None else extra
@@ -101,11 +114,13 @@ def save_checkpoint(
         problems.append(f"`keep` is {keep!r}; it is a whole number from 1, or None for all.")
     _agree(crew, problems, f"step {step} in '{archive.directory}'", "what is to be saved")
     contents = Contents(model)
-    begun = crew.do(
+    made = crew.do(
         lambda: archive.begin(step) if crew.rank == 0 else None,
         lambda failures: f"'{archive.directory}' cannot be written\n  {failures}",
     )
-    saving = Saving(Work(crew, archive, begun[0], step, dict(extra), keep, contents, asynchronous))
+    folder = made[0]
+    work = Work(crew, archive, folder, step, dict(extra), keep, contents, asynchronous, begun)
+    saving = Saving(work)
     _LAST.append(saving)
     _tell_at_exit()
     saving.start(asynchronous)
@@ -148,6 +163,11 @@ def load_checkpoint(
     Example:
         >>> extra = keras_tp.load_checkpoint("runs/1", model).extra
     """
+    return load(directory, model, step, fall_back)[0]
+
+
+def load(directory: Any, model: Any, step: int | None, fall_back: bool) -> tuple[Checkpoint, Any]:
+    """`load_checkpoint`; and the random state in which this rank began to read its data."""
     _settle()
     crew, archive = Crew(held_together(model)), Archive(directory)
     contents = Contents(model)
@@ -180,19 +200,22 @@ def load_checkpoint(
             f"the checkpoint of step {candidate} was loaded, for newer ones are damaged: "
             + " ".join(skipped),
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     for name, tensor in room.items():
         if name in contents.variables:
             store(contents.variables[name], tensor)
     alike = manifest.made_by.get("ranks") == (1 if crew.group is None else crew.group.size())
     others = manifest.random["others"] if alike else {}
-    set_random_state(others.get(str(crew.rank), manifest.random["first"]))
-    return Checkpoint(candidate, manifest.extra, archive.folder(candidate), tuple(skipped))
+    random = others.get(str(crew.rank), manifest.random["first"])
+    set_random_state(random["now"])
+    path = archive.folder(candidate)
+    return Checkpoint(candidate, manifest.extra, path, tuple(skipped)), random["begun"]
 
 
 def newest_step(directory: Any, model: Any) -> int | None:
     """The step of the newest checkpoint, None if there is none. Collective as loading is."""
+    _settle()
     crew = Crew(held_together(model))
     steps = crew.told(Archive(directory).steps() if crew.rank == 0 else [])[0]
     return steps[0] if steps else None

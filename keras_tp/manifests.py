@@ -60,8 +60,8 @@ class Manifest:
         tensors: by name, such as `"weights.dense/kernel"`.
         files: number of bytes of each file but this one.
         optimizer: the class of the optimizer, None without one.
-        random: the random state of each rank, of which only those that differ from the
-            first's are there; see `keras_tp.randomness`.
+        random: the random states of each rank, now and as it began to read its data, of which
+            only those that differ from the first's are there; see `keras_tp.randomness`.
         made_by: versions and number of ranks.
     """
 

@@ -74,6 +74,7 @@ class Work:
         step, extra, keep: as for `keras_tp.save_checkpoint`.
         contents: what.
         copied: whether to copy it at once, so that it may change afterwards.
+        begun: the random state of this rank as it began to read its data, if that is known.
     """
 
     crew: Crew
@@ -84,9 +85,10 @@ class Work:
     keep: int | None
     contents: Contents
     copied: bool
+    begun: Any = None
 
     def __post_init__(self) -> None:
-        self.random = random_state()
+        self.random = {"now": random_state(), "begun": self.begun}
         self.optimizer = self.contents.optimizer
         self.planner = SavePlanner(self.contents.stored(self.copied))
         self.planner.set_up_planner(self.contents.tensors())
