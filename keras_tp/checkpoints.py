@@ -236,7 +236,7 @@ def _tell() -> None:
     # Of a checkpoint that nobody has waited for. (Its thread has ended before.)
     try:
         _settle()
-    except OSError as error:
+    except Exception as error:
         print(f"keras_tp: {error}", file=sys.stderr)
 
 

@@ -44,12 +44,36 @@ def initialize(backend: str | None = None, *, timeout: timedelta | None = None) 
     how: dict[str, Any] = {}
     if not launched():
         how.update(store=dist.HashStore(), rank=0, world_size=1)
+    elif restarted_here():
+        how.update(store=_store_of_this_life(), rank=job_rank(), world_size=job_size())
     join(backend, timeout, int(os.environ.get("LOCAL_RANK", 0)), **how)
 
 
 def launched() -> bool:
     """Whether `torchrun`, or what sets the same environment, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted_here() -> bool:
+    """Whether `torchrun` started this process in place of one that failed, all on one host.
+
+    It keeps the store in which ranks tell each other their addresses, with those of ranks that
+    are gone (pytorch issue 135712): one that comes early tries to meet the dead. On several
+    hosts, whose counts of restarts may differ, its own way out is to be set where it is started:
+    `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`.
+    """
+    told = os.environ.get
+    return (
+        told("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and told("GROUP_WORLD_SIZE") == "1"
+        and told("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    )
+
+
+def _store_of_this_life() -> dist.Store:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, job_size(), is_master=False)
+    return dist.PrefixStore(f"life{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def join(backend: str | None, timeout: timedelta | None, local_rank: int, **how: Any) -> None:
