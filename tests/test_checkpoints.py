@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from keras import layers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.tensor import DTensor
 
 import keras_tp
 from keras_tp import savings
@@ -411,3 +412,38 @@ def test_nothing_is_unpickled_and_torch_reads_it(ranks: Any, tmp_path: Path) -> 
     assert not os.path.exists(trap)
     pickle.loads(metadata.read_bytes())
     assert os.path.exists(trap)  # the trap is one
+
+
+def shown() -> list[float]:
+    """Reads, and loads, what torch's own tools are shown. On every rank."""
+    with parity.real_float64():
+        one, model = made(None), made("rows of 2")
+        train(one, 0)
+        full = one.state_dict()
+        saved = {key: value.clone() for key, value in full.items()}
+        model.load_state_dict(saved)  # full values
+        loaded = gap(state(one)[: len(one.variables)], state(model)[: len(one.variables)])
+        parts = model.state_dict()
+        sharded = [key for key, value in parts.items() if isinstance(value, DTensor)]
+        assert {key.rsplit(".", 1)[1] for key in sharded} == {
+            "sequential/dense/kernel", "sequential/dense_1/kernel"
+        }  # fmt: skip
+        gaps = [parity.difference(full[key], parts[key].full_tensor()) for key in sharded]
+        key = sharded[0]
+        assert parts[key].to_local().data_ptr() in [p.data_ptr() for p in model.parameters()]
+        other = made("columns of 2", seed=8)
+        other.load_state_dict(parts)  # laid out in another way
+        again = gap(state(one)[: len(one.variables)], state(other)[: len(one.variables)])
+        third = made("rows of 2", seed=9)
+        third.load_state_dict(parts)
+        same = gap(state(one)[: len(one.variables)], state(third)[: len(one.variables)])
+        layer = model.layers[0].state_dict()
+        assert isinstance(next(v for k, v in layer.items() if "kernel" in k), DTensor)
+        assert not any(isinstance(v, DTensor) for v in model.state_dict(keep_vars=True).values())
+        return [loaded, again, same, *gaps]
+
+
+def test_torch_is_shown_dtensors(ranks: Any) -> None:
+    """A shard that torch's tools take for the weight: they save a half of it as the whole."""
+    for gaps in ranks(2)(shown):
+        assert max(gaps) == 0.0

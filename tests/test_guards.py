@@ -126,6 +126,7 @@ ACT = {
     "savings",
     "shards",
     "sources",
+    "state_dicts",
     "storage",
     "styles",
     "training",
