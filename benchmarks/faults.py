@@ -45,7 +45,7 @@ from keras_tp.tables import plain_table, render
 RANKS, EPOCHS, EVERY = 2, 3, 2
 PHASES = ("step", "save", "restore")
 FAULTS = ("one rank killed", "all ranks killed", "one killed, newest file cut off")
-LIMIT = 60.0  # seconds for one life of a job
+LIMIT = 300.0  # seconds for one life of a job
 
 
 def work(rank: int, folder: Path, life: int, tell: Callable[[str], None]) -> None:
