@@ -186,20 +186,22 @@ def undisturbed(folder: Path) -> dict[str, float]:
 def trial(
     folder: Path, fault: str, phase: str, lasting: dict[str, float], draw: random.Random
 ) -> tuple[float, int, bool]:
-    """One job that is killed; how far its end is off, its lives, and whether it was resumed."""
+    """One job that is killed; how far its end is off, how often it died, and whether it resumed."""
     folder.mkdir()
     deaths = ["step", phase] if phase == "restore" else [phase]
-    resumed, spoilt = False, None
+    resumed, spoilt, died = False, None, 0
     for number in range(10):
         life = Life(folder, number)
         if number < len(deaths):
-            _kill(life, deaths[number], fault, lasting, draw)
+            # So late, if one is to be restored, that there is a checkpoint.
+            _kill(life, deaths[number], fault, lasting, draw, 10 if len(deaths) > 1 else 1)
         life.listen(lambda: False)
         statuses = life.wait()
         resumed |= life.times(0, "restore") > 0
+        died += any(os.WIFSIGNALED(s) and os.WTERMSIG(s) == signal.SIGKILL for s in statuses)
         _check_checkpoints(folder / "run", spoilt)
         if not any(statuses):
-            return _distance(folder), number + 1, resumed
+            return _distance(folder), died, resumed
         if number >= len(deaths):
             raise RuntimeError("a job failed that nobody killed:\n" + _logs(folder))
         if "cut off" in fault and number + 1 == len(deaths):
@@ -208,14 +210,14 @@ def trial(
 
 
 def _kill(
-    life: Life, phase: str, fault: str, lasting: dict[str, float], draw: random.Random
+    life: Life, phase: str, fault: str, lasting: dict[str, float], draw: random.Random, first: int
 ) -> None:
-    victim = draw.randrange(RANKS)
-    steps = 6 * EPOCHS
-    # So late that there is a checkpoint to restore, if one is to be.
-    number = {"step": draw.randint(1, steps), "save": draw.randint(1, steps // EVERY), "restore": 1}
-    if phase == "step":
-        number["step"] = max(number["step"], EVERY + 2)
+    victim, steps = draw.randrange(RANKS), 6 * EPOCHS
+    number = {
+        "step": draw.randint(first, steps),
+        "save": draw.randint(1, steps // EVERY),
+        "restore": 1,
+    }
     life.listen(lambda: life.times(victim, phase) >= number[phase])
     time.sleep(draw.uniform(0, lasting.get(phase, lasting["save"])))
     everyone = fault.startswith("all")
@@ -279,13 +281,16 @@ def main() -> None:
             where = folder / f"trial{number}"
             found[fault, phase].append(trial(where, fault, phase, lasting, draw))
             shutil.rmtree(where)
-    table = plain_table("fault", "during", "trials", "resumed", "equal to the bit", "difference")
+    table = plain_table(
+        "fault", "during", "trials", "deaths", "resumed", "equal to the bit", "difference"
+    )
     for (fault, phase), outcomes in found.items():
         equal = sum(gap == 0.0 for gap, _, _ in outcomes)
         table.add_row(
             fault,
             phase,
             str(len(outcomes)),
+            str(sum(died for _, died, _ in outcomes)),
             str(sum(resumed for _, _, resumed in outcomes)),
             str(equal),
             f"{max(gap for gap, _, _ in outcomes):.1e}",
