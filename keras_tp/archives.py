@@ -69,12 +69,17 @@ class Archive:
         _sync(made)
         target = self.folder(manifest.step)
         if target.exists():  # a folder takes the place of an empty one only
-            os.rename(target, self.directory / f".step-old.{uuid.uuid4().hex[:8]}")
+            self._hide(target)
         os.rename(made, target)
         _sync(self.directory)
-        old = [] if keep is None else [s for s in self.steps() if s <= manifest.step][keep:]
-        for folder in (*map(self.folder, old), *self.directory.glob(".step-old.*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        for old in [] if keep is None else [s for s in self.steps() if s <= manifest.step][keep:]:
+            self._hide(self.folder(old))
+        for hidden in self.directory.glob(".step-old.*"):
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _hide(self, folder: Path) -> None:
+        # Before it is deleted, which a job may be killed at: half of it is no checkpoint.
+        os.rename(folder, self.directory / f".step-old.{uuid.uuid4().hex[:8]}")
 
     def read(self, step: int) -> str:
         """The text of the manifest of `step`.

@@ -455,3 +455,19 @@ def test_torch_is_shown_dtensors(ranks: Any) -> None:
     """A shard that torch's tools take for the weight: they save a half of it as the whole."""
     for gaps in ranks(2)(shown):
         assert max(gaps) == 0.0
+
+
+def test_half_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job was killed while it deleted the oldest one, which then had no manifest: `faults.py`."""
+    model = made(None)
+    keras_tp.save_checkpoint(tmp_path, model, step=1)
+
+    def killed(folder: Any, **options: Any) -> None:
+        next(Path(folder).iterdir()).unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    keras_tp.save_checkpoint(tmp_path, model, step=2, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
+    keras_tp.save_checkpoint(tmp_path, model, step=3, keep=1)
+    assert os.listdir(tmp_path) == ["step-00000003"]

@@ -147,3 +147,24 @@ def test_ranks_go_on_as_if_nothing_had_been(ranks: Any, tmp_path: Path, layout: 
         folder = str(tmp_path / feed)
         for gaps in on(ranks, layout, interrupted, folder, feed, [2, 2], 1, "steps"):
             assert gaps == [0.0, 0.0, 0.0], feed
+
+
+def test_what_cannot_go_on_is_told(tmp_path: Path) -> None:
+    """A second `fit` that trained nothing; data that are other ones than before."""
+    with parity.real_float64():
+        folder = str(tmp_path / "run")
+        with pytest.raises(InterruptedError):
+            trained(None, arrays(), folder, {}, Interrupts(3))
+        fewer = {**arrays(), "batch_size": 12}
+        with pytest.raises(ValueError, match="after 2 batches of data that now have 1: give `fit`"):
+            trained(None, fewer, folder, {})
+        model = made(None)
+        saved = keras_tp.callbacks.ShardedCheckpoint(tmp_path / "other")
+        model.fit(**arrays(), epochs=1, verbose=0, callbacks=[saved])
+        with pytest.raises(keras_tp.CheckpointError, match="has been given to a `fit` already"):
+            model.fit(**arrays(), epochs=1, verbose=0, callbacks=[saved])
+        keras_tp.save_checkpoint(tmp_path / "third", model, step=1)
+        with pytest.raises(keras_tp.CheckpointError, match="not saved by a ShardedCheckpoint"):
+            trained(None, arrays(), str(tmp_path / "third"), {})
+    with pytest.raises(keras_tp.CheckpointError, match="3 problems in this ShardedCheckpoint"):
+        keras_tp.callbacks.ShardedCheckpoint(folder, every=0, unit="hours", keep=None)  # type: ignore[arg-type]
