@@ -298,6 +298,7 @@ def test_what_does_not_fit_is_told_at_once(ranks: Any, tmp_path: Path) -> None:
     for name, (kind, message) in first.items():
         assert kind == ("FileNotFoundError" if name in ("none", "gone") else "CheckpointError")
         assert [words for words in wanted[name] if words not in message] == [], message
+        assert ("made of another model" in message) == (name in ("other", "optimizer", "dtype"))
     assert "'y'" not in first["extra"][1]
 
 
