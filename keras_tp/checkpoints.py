@@ -112,7 +112,7 @@ def save(
         problems.append(f"`step` is {step!r}; it is a whole number from 0.")
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         problems.append(f"`keep` is {keep!r}; it is a whole number from 1, or None for all.")
-    _agree(crew, problems, f"step {step} in '{archive.directory}'", "what is to be saved")
+    crew.agree(problems, f"step {step} in '{archive.directory}'", "what is to be saved")
     contents = Contents(model)
     made = crew.do(
         lambda: archive.begin(step) if crew.rank == 0 else None,
@@ -171,8 +171,8 @@ def load(directory: Any, model: Any, step: int | None, fall_back: bool) -> tuple
     _settle()
     crew, archive = Crew(held_together(model)), Archive(directory)
     contents = Contents(model)
-    steps = archive.steps() if crew.rank == 0 else []
-    steps = _agree(crew, [], f"'{archive.directory}'", "what is to be loaded", steps)
+    crew.agree([], f"'{archive.directory}'", "what is to be loaded")
+    steps = _steps(crew, archive)
     wanted = steps[:1] if step is None else [step]
     if not steps or wanted[0] not in steps:
         there = f"There are {', '.join(map(str, reversed(steps)))}." if steps else "There are none."
@@ -216,9 +216,16 @@ def load(directory: Any, model: Any, step: int | None, fall_back: bool) -> tuple
 def newest_step(directory: Any, model: Any) -> int | None:
     """The step of the newest checkpoint, None if there is none. Collective as loading is."""
     _settle()
-    crew = Crew(held_together(model))
-    steps = crew.told(Archive(directory).steps() if crew.rank == 0 else [])[0]
+    steps = _steps(Crew(held_together(model)), Archive(directory))
     return steps[0] if steps else None
+
+
+def _steps(crew: Crew, archive: Archive) -> list[int]:
+    """Those that the first rank sees, on every rank."""
+    return crew.do(
+        lambda: archive.steps() if crew.rank == 0 else [],
+        lambda failures: f"'{archive.directory}' cannot be read\n  {failures}",
+    )[0]
 
 
 def _settle() -> None:
@@ -238,21 +245,6 @@ def _tell() -> None:
         _settle()
     except Exception as error:
         print(f"keras_tp: {error}", file=sys.stderr)
-
-
-def _agree(crew: Crew, problems: list[str], mine: str, what: str, given: Any = None) -> Any:
-    """The first rank's `given`; raises CheckpointError on every rank if one has problems."""
-    told = crew.told((problems, mine, given))
-    found = list(dict.fromkeys(p for problems, _, _ in told for p in problems))
-    different = [(rank, line) for rank, (_, line, _) in enumerate(told) if line != told[0][1]]
-    if different:
-        rank, line = different[0]
-        found.append(
-            f"rank 0 is to save or load {told[0][1]}, rank {rank} {line}: give every rank the same."
-        )
-    if found:
-        raise CheckpointError(found, where=what)
-    return told[0][2]
 
 
 def _read(
@@ -287,10 +279,13 @@ def _read(
         wanted = {name: kind for name, kind in wanted.items() if name.startswith("weights.")}
     other += misfits(manifest, wanted)
     where = f"the checkpoint of step {step} in '{archive.directory}', made of another model"
-    _agree(crew, other, "", where)
+    crew.agree(other, "", where)
     contents.leave_out_metrics_but(manifest)
     damages = list(archive.damages(manifest))
     if not damages:
-        damages = read_part(archive.folder(step), manifest, contents.tensors(), room)
+        try:
+            damages = read_part(archive.folder(step), manifest, contents.tensors(), room)
+        except Exception as error:  # which the others would wait for
+            damages = [f"'{archive.folder(step)}' cannot be read ({error!r})."]
     everywhere = crew.told(damages)
     return manifest, list(dict.fromkeys(damage for damages in everywhere for damage in damages))

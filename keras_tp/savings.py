@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from keras_tp.archives import Archive
 from keras_tp.contents import Contents
+from keras_tp.errors import CheckpointError
 from keras_tp.manifests import Manifest
 from keras_tp.mesh import group_aside
 from keras_tp.randomness import random_state
@@ -40,6 +41,24 @@ class Crew:
         everyone: list[Any] = [None] * self.group.size()
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
+
+    def agree(self, problems: list[str], mine: str, what: str) -> None:
+        """Collective.
+
+        Raises:
+            CheckpointError: on every rank, if one has problems, or another line than the first.
+        """
+        told = self.told((problems, mine))
+        found = list(dict.fromkeys(p for problems, _ in told for p in problems))
+        different = [(rank, line) for rank, (_, line) in enumerate(told) if line != told[0][1]]
+        if different:
+            rank, line = different[0]
+            found.append(
+                f"rank 0 is to save or load {told[0][1]}, rank {rank} {line}: give every rank the "
+                "same."
+            )
+        if found:
+            raise CheckpointError(found, where=what)
 
     def do(self, act: Callable[[], Any], failing: Callable[[str], str]) -> list[Any]:
         """What `act` gives on each rank. Collective.
