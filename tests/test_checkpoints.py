@@ -136,7 +136,8 @@ ROUTES: dict[str | None, tuple[str | None, ...]] = {
 @pytest.mark.parametrize("layout", ROUTES)
 def test_training_goes_on_on_other_ranks(ranks: Any, tmp_path: Path, layout: str | None) -> None:
     """A checkpoint that one number of ranks alone can read, or that leaves out a moment, an
-    average, the scale of the loss, a seed: two more steps are as without a break."""
+    average, the scale of the loss, a seed: two more steps are as without a break. Seen to fail
+    without the optimizer's variables, and without the random state."""
     folder = str(tmp_path / "run")
     everywhere = on(ranks, layout, saving, folder, layout == "2 replicas of 2")
     then, end = everywhere[0]
@@ -229,7 +230,8 @@ def damaged(folder: str, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_told_before_anything_changes(ranks: Any, tmp_path: Path, damage: Any) -> None:
     """A rank that finds its shard cut off, while the other has loaded its own, leaves a model of
-    two trainings; and a checkpoint that lost a bit is loaded as it is."""
+    two trainings; and a checkpoint that lost a bit is loaded as it is. Seen to fail without sizes,
+    without checksums, and with weights that are read in place."""
     first, second = ranks(2)(damaged, str(tmp_path / "run"), damage.__name__)
     assert first == second
     kind, message = first["error"]
@@ -278,7 +280,8 @@ def others(folder: str) -> dict[str, Any]:
 
 def test_what_does_not_fit_is_told_at_once(ranks: Any, tmp_path: Path) -> None:
     """transformers #48569: a wrong optimizer state was loaded without a word. Here every difference
-    is in one error, on every rank, and `fall_back` is no way around it."""
+    is in one error, on every rank, and `fall_back` is no way around it, as it was when what does
+    not fit was taken for damage."""
     first, second = ranks(2)(others, str(tmp_path / "run"))
     assert first == second
     wanted = {
@@ -330,7 +333,8 @@ def full(folder: str) -> dict[str, Any]:
 
 def test_a_full_disk_is_told_to_all_ranks(ranks: Any, tmp_path: Path) -> None:
     """The others waited for the rank whose disk was full; half a checkpoint was the newest; what
-    failed beside the training was never heard of."""
+    failed beside the training was never heard of. Seen to fail with an error that only its own rank
+    raises, with a folder that has its name from the start, and with `keep` forgotten."""
     first, second = ranks(2)(full, str(tmp_path / "run"))
     assert first["told"] == second["told"]
     for rank, (kind, message) in first["told"].items():
@@ -369,7 +373,8 @@ def beside(folder: str) -> tuple[float, float]:
 
 
 def test_saving_beside_the_training_saves_what_was(ranks: Any, tmp_path: Path) -> None:
-    """Without a copy the checkpoint holds what the steps after it have made of the weights."""
+    """Without a copy the checkpoint holds what the steps after it have made of the weights; and
+    who asks for the newest must wait for it. Seen to fail without either."""
     for loaded, trained in ranks(2)(beside, str(tmp_path / "run")):
         assert loaded == 0.0
         assert trained > 1e-3
@@ -386,7 +391,9 @@ class Poison:
 
 
 def test_nothing_is_unpickled_and_torch_reads_it(ranks: Any, tmp_path: Path) -> None:
-    """`.metadata` is a pickle, which runs what somebody wrote into it: DCP's own reader does."""
+    """`.metadata` is a pickle, which runs what somebody wrote into it: DCP's own reader does.
+
+    Seen to fail with `.metadata` read, and with `weights_only=False`."""
     folder, trap = str(tmp_path / "run"), str(tmp_path / "sprung")
     (then, _), *_ = ranks(4)(saving, "2 replicas of 2", folder)
     step = Path(folder) / f"step-{STEPS:08d}"
@@ -454,13 +461,15 @@ def shown() -> list[float]:
 
 
 def test_torch_is_shown_dtensors(ranks: Any) -> None:
-    """A shard that torch's tools take for the weight: they save a half of it as the whole."""
+    """A shard that torch's tools take for the weight: they save a half of it as the whole. Seen to
+    fail with shards shown, full values not cut, and other layouts taken for this one."""
     for gaps in ranks(2)(shown):
         assert max(gaps) == 0.0
 
 
 def test_half_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job was killed while it deleted the oldest one, which then had no manifest: `faults.py`."""
+    """A job was killed while it deleted the oldest one, which then had no manifest, as
+    `faults.py` has found. Seen to fail so."""
     model = made(None)
     keras_tp.save_checkpoint(tmp_path, model, step=1)
 
