@@ -30,7 +30,7 @@ MAKERS = {
     "Shards.full": GATHERED,
     "Replicas.gather": "outputs, gathered",
     "Replicas.take": "own rows",
-    "_ShardStyle._gather": "activations, gathered",
+    "_ShardStyle._joined": "activations, gathered",
     "_ShardStyle._split": "activations, sliced",
     "RowwiseParallel.combine": "activations, summed",
     "VocabularyParallel.combine": "activations, summed",

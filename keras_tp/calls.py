@@ -12,16 +12,19 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import Any
 
+import keras
 import torch
 from keras import ops
 
 from keras_tp.collectives import Axis, copy, split
-from keras_tp.computations import Computation, Contraction
+from keras_tp.computations import Computation, Contraction, Lookup
 from keras_tp.errors import LayoutWarning
+from keras_tp.heads import is_reverse, logits_of
 from keras_tp.layouts import chunk_bounds
 from keras_tp.plans import StylePlan
 from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import is_stateless, is_symbolic, reading_shards
+from keras_tp.seam.rehearsals import masked
 from keras_tp.seam.variables import ShardedVariable, gathered_once
 
 
@@ -128,11 +131,11 @@ class ShardCall(ABC):
                 stacklevel=2,
             )
             return self.original(inputs, *args, **kwargs)
-        return self.compute(inputs)
+        return self.compute(inputs, *args, **kwargs)
 
     @abstractmethod
-    def compute(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The layer's output, replicated, of its replicated input."""
+    def compute(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output, replicated, of its replicated input, and what else it is told."""
 
 
 class ContractionCall(ShardCall):
@@ -140,7 +143,7 @@ class ContractionCall(ShardCall):
 
     computation: Contraction
 
-    def compute(self, inputs: torch.Tensor) -> torch.Tensor:
+    def compute(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         x, layer = inputs, self.layer
         for stage in self.stages:
             x = stage.enter(x)
@@ -179,7 +182,7 @@ class LookupCall(ShardCall):
     (Megatron-LM's vocabulary-parallel embedding).
     """
 
-    def compute(self, inputs: torch.Tensor) -> torch.Tensor:
+    def compute(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         table = self.read("embeddings")
         ids = ops.cast(inputs, "int64")
         cut = next((s for s in self.stages if s.plan.name == "vocabulary"), None)
@@ -187,7 +190,8 @@ class LookupCall(ShardCall):
         # Cast before the reduction: all but one summand are zeros, so it stays exact.
         y = ops.cast(y, self.layer.compute_dtype)
         for stage in self.stages:
-            y = stage.leave(stage.combine(y))
+            y = stage.combine(y)
+            y = y if stage is cut else stage.leave(y)
         return y
 
     def _take_shard(self, table: torch.Tensor, ids: torch.Tensor, cut: Stage) -> torch.Tensor:
@@ -203,6 +207,31 @@ class LookupCall(ShardCall):
             return table.sum() + table.new_zeros((*ids.shape, table.shape[1]))
         rows = torch.nn.functional.embedding(torch.where(mine, ids - start, 0), table)
         return rows.masked_fill(~mine.unsqueeze(-1), 0)
+
+
+class ReversibleCall(LookupCall):
+    """`take(embeddings, ids, axis=0)`, or in reverse `matmul(x, kernel)` for logits.
+
+    Along an axis that cuts the vocabulary the kernel is this rank's columns, so that in reverse
+    it is a column layer.
+    """
+
+    computation: Lookup
+
+    def compute(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not is_reverse(args, kwargs):
+            mask = keras.layers.Embedding.compute_mask(self.layer, inputs)
+            return masked(super().compute(inputs), mask)
+        x, layer, name = inputs, self.layer, self.computation.reverse
+        stages = [stage for stage in self.stages if name in stage.plan.local]
+        for stage in stages:
+            x = copy(x, stage.axis) if stage.copies is None else stage.copies.of(x)
+        kernel = self.read(name)
+        kernel = ops.transpose(kernel) if name == "embeddings" else kernel
+        y = logits_of(layer, x, kernel)
+        for stage in stages:
+            y = stage.leave(y)
+        return y
 
 
 class GatheredCall:
@@ -225,6 +254,8 @@ class GatheredCall:
 def shard_call(layer: Any, computation: Computation) -> ShardCall:
     """The layer's computation on shards, put in place of its `call` on first use."""
     if not isinstance(layer.call, ShardCall):
-        make = ContractionCall if isinstance(computation, Contraction) else LookupCall
-        layer.call = make(layer, computation)
+        if isinstance(computation, Contraction):
+            layer.call = ContractionCall(layer, computation)
+        else:
+            layer.call = (ReversibleCall if computation.reverse else LookupCall)(layer, computation)
     return layer.call

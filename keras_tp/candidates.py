@@ -67,8 +67,13 @@ class Candidate:
 
     @property
     def outputs(self) -> list[str]:
-        """Labels that its output shares with the kernel, in the order of the output."""
-        labels = WIDTH if isinstance(self.computation, Lookup) else self.computation.output
+        """Labels that its output shares with the kernel, in the order of the output.
+
+        None of a table that is called in reverse as well, which contracts the width.
+        """
+        if isinstance(self.computation, Lookup):
+            return [] if self.computation.reverse else [WIDTH]
+        labels = self.computation.output
         return [x for x in labels if x in self.sizes]
 
     def columns(self) -> list[str]:
@@ -97,7 +102,10 @@ class Candidate:
         """What cuts it along a label: a layout of each weight, the bias with the kernel."""
         cut = {self.main: tuple(self.axis if x == label else None for x in self.sizes)}
         for name, shape in self.shapes.items():
-            if name != self.main and not isinstance(self.computation, Lookup):
+            if isinstance(self.computation, Lookup):
+                if name != self.main:
+                    cut[name] = cut[self.main][::-1]
+            elif name != self.main:
                 labelled = zip(self.computation.bias, shape, strict=True)
                 cut[name] = tuple(
                     self.axis if x == label and size == self.sizes[label] else None

@@ -33,9 +33,12 @@ class Lookup:
 
     Attributes:
         weights: names of the layer's weights that take part.
+        reverse: of a layer that is called in reverse as well, for logits: the weight that it
+            multiplies by then, the table itself (transposed) or one of shape (width, vocabulary).
     """
 
     weights: tuple[str, ...] = ("embeddings",)
+    reverse: str = ""
 
 
 Computation = Contraction | Lookup

@@ -10,14 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import keras
 import torch
 from keras import ops
 from torch.distributed.tensor import Partial, Shard
 
-from keras_tp.computations import Contraction
-from keras_tp.dry_collectives import DryAxis, copy, gather, reduce, split
+from keras_tp.computations import Contraction, Lookup
+from keras_tp.dry_collectives import DryAxis, DryMeeting, copy, gather, reduce, split
 from keras_tp.dry_drops import DryParts
 from keras_tp.dry_weights import DryWeights
+from keras_tp.heads import is_reverse, logits_of
+from keras_tp.outputs import ShardedOutput
 from keras_tp.plans import LayerPlan, Region, StylePlan
 from keras_tp.regions import prove
 from keras_tp.rehearsal import Call as ShownCall
@@ -25,6 +28,7 @@ from keras_tp.rehearsal import Member
 from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import current_parts, drawing_parts
 from keras_tp.seam.layers import Owner, variables_of
+from keras_tp.seam.rehearsals import masked
 
 Call = Callable[..., Any]
 
@@ -83,6 +87,8 @@ class DryShardCall:
             return self.original(inputs, *args, **kwargs)
         if isinstance(self.computation, Contraction):
             return self._contract(inputs, self.computation)
+        if is_reverse(args, kwargs) and self.computation.reverse:
+            return self._reverse(inputs, self.computation.reverse)
         return self._look_up(inputs)
 
     def _read(self, name: str) -> torch.Tensor:
@@ -105,9 +111,13 @@ class DryShardCall:
 
     def _leave(self, stage: DryStage, y: torch.Tensor) -> torch.Tensor:
         if isinstance(stage.plan.output, Shard) and not stage.kept:
-            dim, size = stage.plan.output.dim, stage.plan.size
-            return gather(y, dim, size, stage.axis, self.path, "output")
+            return self._join(stage, y, stage.plan.output.dim, "output")
         return y
+
+    def _join(self, stage: DryStage, y: torch.Tensor, dim: int, of: str) -> torch.Tensor:
+        if stage.plan.open:
+            return ShardedOutput.of(y, dim % y.dim(), DryMeeting(stage.axis, self.path))
+        return gather(y, dim, stage.plan.size, stage.axis, self.path, of)
 
     def _contract(self, x: torch.Tensor, computation: Contraction) -> torch.Tensor:
         for stage in self.stages:
@@ -155,6 +165,19 @@ class DryShardCall:
         y = ops.cast(y, self.layer.compute_dtype)
         for stage in self.stages:
             y = self._leave(stage, self._combine(stage, y))
+        if isinstance(self.computation, Lookup) and self.computation.reverse:
+            return masked(y, keras.layers.Embedding.compute_mask(self.layer, inputs))
+        return y
+
+    def _reverse(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        stages = [stage for stage in self.stages if name in stage.plan.local]
+        for stage in stages:
+            x = self._enter(stage, x)
+        kernel = self._read(name)
+        kernel = ops.transpose(kernel) if name == "embeddings" else kernel
+        y = logits_of(self.layer, x, kernel)
+        for stage in stages:
+            y = self._join(stage, y, -1, "logits")
         return y
 
 

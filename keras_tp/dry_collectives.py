@@ -7,7 +7,8 @@ Each function makes the tensors that its like in `keras_tp.collectives` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,3 +165,51 @@ def _padded(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 def _rows(x: torch.Tensor, sizes: tuple[int, ...], axis: DryAxis) -> torch.Tensor:
     return _dense(x.narrow(0, sum(sizes[: axis.rank]), sizes[axis.rank]))
+
+
+@dataclass(frozen=True)
+class DryMeeting:
+    """See `keras_tp.likelihoods.Meeting` and `keras_tp.meetings`.
+
+    Attributes:
+        axis: along which the ranks stand.
+        layer: path of the layer whose output it is about.
+    """
+
+    axis: DryAxis
+    layer: str
+
+    @property
+    def parts(self) -> int:
+        return self.axis.size
+
+    @property
+    def rank(self) -> int:
+        return self.axis.rank
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return all_reduced(x, self.axis, self.layer, "loss")
+
+    def highest(self, x: torch.Tensor) -> torch.Tensor:
+        return all_reduced(x, self.axis, self.layer, "loss")
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return reduce(x, self.axis, self.layer, "loss")
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        return copy(x, self.axis, self.layer, "loss")
+
+    def split(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return split(x, dim, self.axis, self.layer, "loss")
+
+    def gather(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
+        return gather(x, dim, total, self.axis, self.layer, "output")
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        ledger = self.axis.ledger
+        before, ledger.resting = ledger.resting, True
+        try:
+            yield
+        finally:
+            ledger.resting = before

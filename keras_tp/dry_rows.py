@@ -15,6 +15,7 @@ from keras_tp.dry_collectives import DryAxis
 from keras_tp.dry_weights import DryWeights
 from keras_tp.layouts import row_counts
 from keras_tp.ledger import Ledger
+from keras_tp.outputs import mapped
 from keras_tp.seam.contexts import current_replicas, on_rows_of
 from keras_tp.seam.rows import with_mask
 
@@ -44,7 +45,7 @@ class DryRowsCall:
         def whole(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            return with_mask(leaf, lambda t: replicas.gather(t, "output"))
+            return with_mask(leaf, lambda t: mapped(lambda t: replicas.gather(t, "output"), t))
 
         args, kwargs = keras.tree.map_structure(mine, (args, kwargs))
         earlier = len(self.losses)

@@ -19,6 +19,7 @@ from keras_tp.handovers import members_along
 from keras_tp.ledger import Ledger, Traffic
 from keras_tp.live_bytes import FusedAttention, LiveBytes
 from keras_tp.optimizers import inner_optimizers, updates_elementwise
+from keras_tp.outputs import part_of
 from keras_tp.plans import Plan
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
 from keras_tp.seam.rehearsals import rehearsal
@@ -119,7 +120,7 @@ class DryStep:
         outputs = outputs_in_training(self.model, x)
         del gradients
         if y is None:
-            heads = [t for t in keras.tree.flatten(outputs) if _has_gradient(t)]
+            heads = [part_of(t) for t in keras.tree.flatten(outputs) if _has_gradient(t)]
             heads += [loss for loss in losses if _has_gradient(loss)]
             seeds = [torch.empty_like(head) for head in heads]
         else:

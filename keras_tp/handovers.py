@@ -7,13 +7,14 @@ settled, what is not may be proven within a layer above.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.distributed.tensor import Shard
 
 from keras_tp.computations import Computation, Lookup
+from keras_tp.heads import Head, Recorder, gives_columns
 from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
@@ -31,17 +32,23 @@ class Found:
     Attributes:
         regions: in the order in which they were found.
         proofs: of each, what was proven.
+        heads: numbers of column layers whose output may stay a shard until the loss.
+        reversed: numbers of tables that are called in reverse, for logits.
         reasons: for members that are in none, why not, by number.
         note: what the user should know; empty if nothing.
     """
 
     regions: list[Region] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
+    heads: frozenset[int] = frozenset()
+    reversed: frozenset[int] = frozenset()
     reasons: dict[int, str] = field(default_factory=dict)
     note: str = ""
 
     def styled(self, number: int, style: StylePlan) -> StylePlan:
         """A layer's style with what is handed to it and by it."""
+        if number in self.heads and style.name in ("column", "vocabulary"):
+            return replace(style, open=True)
         for region, proof in zip(self.regions, self.proofs, strict=True):
             if region.axis == style.axis and number in region.members:
                 return replace(style, given=number in proof.taken, kept=number in proof.handed)
@@ -110,15 +117,25 @@ def find_regions(
     """
     found = Found()
     along = {axis: members_along(axis, owners, layers) for axis in sizes}
+    heads = [
+        Head(number, owner.layer, style, layer.computation)
+        for number, (owner, layer) in enumerate(zip(owners, layers, strict=True))
+        for style in layer.styles
+        if style.axis in sizes and gives_columns(style, layer.computation)
+    ]
     along = {axis: members for axis, members in along.items() if can_pair(members)}
-    if not along:
+    if not along and not heads:
         return found
     variables = variables_of(owners)
     cut = frozenset(id(v) for v, p in zip(variables, plans, strict=True) if p.sharded)
     everywhere = {id(v): number for number, v in enumerate(variables)}
-    search = _Search(found, owners, along, sizes, cut, everywhere)
+    recorder = Recorder()
+    search = _Search(found, owners, along, sizes, cut, everywhere, recorder)
     try:
-        look_at_layers(model, owners, search.look_at)
+        with recorder:
+            look_at_layers(model, owners, search.look_at, recorder.calls_of(heads))
+        found.heads = recorder.heads(search.result, sizes)
+        found.reversed = frozenset(recorder.reversed)
     except Exception as error:
         found.note = (
             f"the model could not be called without values ({shortened(error)}), so that it is not "
@@ -128,17 +145,23 @@ def find_regions(
     return found
 
 
-# Is given a layer, its `call`, and what that was called with.
-Look = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]
+# Is given a layer, its `call`, what that was called with, and what it gave.
+Look = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
-def look_at_layers(model: Any, owners: Sequence[Owner], look: Look) -> None:
+def look_at_layers(
+    model: Any,
+    owners: Sequence[Owner],
+    look: Look,
+    calls: Iterable[tuple[Any, Callable[..., Any]]] = (),
+) -> None:
     """Calls a model without values, and has each layer above others looked at as it returns.
 
     Args:
         model: a built model, which is as before afterwards.
         owners: its layers.
         look: may call the layer again, which is not looked at.
+        calls: layers, and what is called in place of their `call`.
 
     Raises:
         Exception: whatever the model raises, or if what it takes is not known.
@@ -154,7 +177,7 @@ def look_at_layers(model: Any, owners: Sequence[Owner], look: Look) -> None:
             if not looking:
                 looking = True
                 try:
-                    look(layer, original, args, kwargs)
+                    look(layer, original, args, kwargs, result)
                 finally:
                     looking = False
             return result
@@ -162,7 +185,7 @@ def look_at_layers(model: Any, owners: Sequence[Owner], look: Look) -> None:
         return call
 
     above = [owner.layer for owner in owners if owner.has_layers]
-    rehearse_model(model, SIZES, [(layer, watched(layer)) for layer in above])
+    rehearse_model(model, SIZES, [*((layer, watched(layer)) for layer in above), *calls])
 
 
 @dataclass
@@ -173,11 +196,17 @@ class _Search:
     sizes: dict[str, int]
     cut: frozenset[int]
     everywhere: dict[int, int]  # numbers of variables, by identity
+    recorder: Recorder
+    result: Any = None  # what the model gave
     settled: set[int] = field(default_factory=set)
     tried: set[frozenset[int]] = field(default_factory=set)
 
-    def look_at(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def look_at(
+        self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any, result: Any
+    ) -> None:
         """Settles what is proven of a call of a layer."""
+        if layer is self.owners[0].layer:
+            self.result = result
         for axis, members in self.along.items():
             below, inside = members_below(layer, members)
             inside = [m for m in inside if m.number not in self.settled]
@@ -185,7 +214,9 @@ class _Search:
             if not can_pair(inside) or numbers in self.tried:
                 continue
             self.tried.add(numbers)
-            proof = prove(Call(below, original, args, kwargs, inside, self.sizes[axis], self.cut))
+            call = Call(below, original, args, kwargs, inside, self.sizes[axis], self.cut)
+            with self.recorder.resting():
+                proof = prove(call)
             self.found.reasons |= dict(proof.refused)
             if proof.taken:
                 self._settle(layer, axis, below, proof)
@@ -193,6 +224,7 @@ class _Search:
     def _settle(self, layer: Any, axis: str, below: list[Owner], proof: Proof) -> None:
         members = tuple(sorted(proof.handed | proof.taken))
         self.settled |= set(members)
+        self.recorder.forget(members)
         here = variables_of(below)
         self.found.proofs.append(proof)
         self.found.regions.append(

@@ -76,7 +76,7 @@ def make_plan(
         if size > 1 and axis != replicas
     }
     found = find_regions(model, owners, layers, plans, computing)
-    if found.regions or found.reasons:
+    if found != Found():
         layers = _plan_layers(owners, plans, index, mesh, replicas, found)
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
     for sentence in (*unused, *said):
@@ -84,6 +84,13 @@ def make_plan(
     notes = [*unused, *said, *_axes_in_words(plans, mesh, replicas)]
     notes += _full_reads(variables, plans)
     notes += [found.note] if found.note else []
+    notes += [
+        f"the output of '{layer.path}' stays a shard in fit() and evaluate(): losses and metrics "
+        "are computed on shards where that is known, cross-entropy of labels with 2 all_reduces "
+        "of one and two numbers for each row. Elsewhere it is gathered (1 all_gather)."
+        for layer in layers
+        if any(style.open for style in layer.styles)
+    ]
     if getattr(model, "optimizer", None) is not None and any(v.sharded for v in plans):
         notes += [sentence for sentence in (price_of(model.optimizer),) if sentence]
     regions = tuple(found.regions)
@@ -194,7 +201,13 @@ def _plan_layer(
         if style is not None:
             style = found.styled(number, style)
             styles.append(style)
-            ahead, back = collectives_of(style, known, weights, of_rows=axis == replicas)
+            ahead, back = collectives_of(
+                style,
+                known,
+                weights,
+                of_rows=axis == replicas,
+                reversed_too=number in found.reversed,
+            )
             if not found.wants_gradient(number, style):
                 back = tuple(c for c in back if c.of != "input gradient")
             forward += ahead

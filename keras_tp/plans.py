@@ -58,6 +58,7 @@ class StylePlan:
         size: full size of the dim that is sharded; 0 for gathered.
         given: whether the input arrives as the shard that is wanted.
         kept: whether the output leaves the layer as a shard.
+        open: whether it does so in Keras's own steps of `fit` and `evaluate`, for the loss.
     """
 
     axis: str
@@ -68,6 +69,7 @@ class StylePlan:
     size: int = 0
     given: bool = False
     kept: bool = False
+    open: bool = False
 
 
 @dataclass(frozen=True)

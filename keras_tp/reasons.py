@@ -39,11 +39,11 @@ def reason_of(
     for style in styles:
         if style.name == "gathered":
             reasons.append(f"gathered on use: {why_not}")
-        if style.kept and "bias" in names and "bias" not in style.local:
+        if (style.kept or style.open) and "bias" in names and "bias" not in style.local:
             reasons.append(
                 f"its bias is whole, so that the gradient travels: cut it by {style.axis!r}"
             )
-        if isinstance(style.output, Shard) and not style.kept:
+        if isinstance(style.output, Shard) and not (style.kept or style.open):
             why = why_whole or "no row layer takes it as a shard"
             reasons.append(f"its output is gathered: {why}")
         if isinstance(style.input, Shard) and not style.given:

@@ -26,6 +26,7 @@ from keras_tp.collectives import Axis, join, reduce
 from keras_tp.data import has_rows
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import row_counts
+from keras_tp.outputs import mapped
 from keras_tp.proof import ROWS, Proof, Shapes, prove_rows
 from keras_tp.rounding import Nudge
 from keras_tp.row_collectives import gather_rows, split_rows, sum_over
@@ -36,6 +37,7 @@ from keras_tp.seam.contexts import (
     is_symbolic,
     is_training,
     on_rows_of,
+    stepping,
 )
 from keras_tp.seam.layers import (
     Owner,
@@ -220,7 +222,8 @@ class RowsCall:
     def _proof(self, call: Any) -> Proof:
         self.proving = True
         try:
-            return prove_rows(self.owners, call, self.where)
+            with stepping(False):
+                return prove_rows(self.owners, call, self.where)
         finally:
             self.proving = False
 
@@ -247,7 +250,7 @@ class RowsCall:
                     f"{replicas.rows} rows, so that it is not one of rows. {ALIKE}",
                     where=self.where,
                 )
-            return with_mask(leaf, replicas.gather)
+            return with_mask(leaf, lambda t: mapped(replicas.gather, t))
 
         args, kwargs = keras.tree.map_structure(mine, (args, kwargs))
         earlier = losses_of(self.owners)

@@ -85,6 +85,12 @@ def _embedding(layer: Any) -> tuple[Computation | None, str]:
     return Lookup(), ""
 
 
+def _reversible_embedding(layer: Any) -> tuple[Computation | None, str]:
+    if layer.tie_weights:
+        return Lookup(("embeddings",), "embeddings"), ""
+    return Lookup(("embeddings", "reverse_embeddings"), "reverse_embeddings"), ""
+
+
 def _weights(bias: str) -> tuple[str, ...]:
     return ("kernel", "bias") if bias else ("kernel",)
 
@@ -96,6 +102,17 @@ _RULES: tuple[
 ] = (
     (keras.layers.Dense, ("call", "kernel", "__call__"), _dense),
     (keras.layers.EinsumDense, ("call", "kernel", "__call__"), _einsum_dense),
+    *(
+        (
+            (
+                keras.layers.ReversibleEmbedding,
+                ("call", "embeddings", "__call__"),
+                _reversible_embedding,
+            ),
+        )
+        if hasattr(keras.layers, "ReversibleEmbedding")  # from Keras 3.12 on
+        else ()
+    ),
     (keras.layers.Embedding, ("call", "embeddings", "__call__"), _embedding),
 )
 
@@ -125,7 +142,10 @@ def style_along(
     size = main.shape[dim]
     if isinstance(computation, Lookup):
         if dim == 0:
-            return StylePlan(axis, "vocabulary", Replicate(), Partial(), ("embeddings",), size)
+            local = tuple(n for n in computation.weights if _words_of(n, weights[n], axis))
+            return StylePlan(axis, "vocabulary", Replicate(), Partial(), local, size)
+        if computation.reverse:  # which contracts the width
+            return gathered_along(axis)
         return StylePlan(axis, "column", Replicate(), Shard(-1), ("embeddings",), size)
     label = computation.kernel[dim]
     if label not in computation.output:
@@ -145,6 +165,11 @@ def style_along(
         split = Shard(dim_of(label, computation.input))
         return StylePlan(axis, "batched", split, output, local, size)
     return StylePlan(axis, "column", Replicate(), output, local, size)
+
+
+def _words_of(name: str, weight: Weight, axis: str) -> bool:
+    """Whether it is the words along which one of a table's weights is cut by `axis`."""
+    return axis in weight.layout and weight.layout.index(axis) == (name != "embeddings")
 
 
 def bias_dim(style: StylePlan, computation: Contraction, shape: Shape) -> int | None:
@@ -226,6 +251,7 @@ def collectives_of(
     weights: dict[str, Weight],
     *,
     of_rows: bool = False,
+    reversed_too: bool = False,
 ) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
     """What `style` communicates in a forward and in a backward call.
 
@@ -234,7 +260,9 @@ def collectives_of(
     all-reduce with nothing to do backward; and a replicated input used on
     sharded weights gets a partial gradient. Ids, which a lookup takes, get none. What is
     given or kept as a shard costs nothing, but for a bias that is whole: each rank has
-    the gradient of its part (or, of one that is broadcast over the shard, a summand).
+    the gradient of its part (or, of one that is broadcast over the shard, a summand). What is
+    open costs what the loss and metrics ask of it (`keras_tp.crossings`), which is not counted.
+    A table that is called in reverse as well (`reversed_too`) is a column layer then.
     Where replicas compute other rows (`of_rows`), a gathered weight's gradients are
     summed and cut.
     """
@@ -246,13 +274,17 @@ def collectives_of(
                 backward.append(Collective("reduce_scatter", style.axis, name))
     if isinstance(style.output, Partial):
         forward.append(Collective("all_reduce", style.axis, "output"))
-    if isinstance(style.output, Shard) and not style.kept:
+    if isinstance(style.output, Shard) and not (style.kept or style.open):
         forward.append(Collective("all_gather", style.axis, "output"))
+    if reversed_too and isinstance(computation, Lookup) and computation.reverse in style.local:
+        if not style.open:
+            forward.append(Collective("all_gather", style.axis, "logits"))
+        backward.append(Collective("all_reduce", style.axis, "input gradient"))
     if isinstance(computation, Contraction) and style.name != "gathered" and not style.given:
         kind = "all_gather" if isinstance(style.input, Shard) else "all_reduce"
         backward.append(Collective(kind, style.axis, "input gradient"))
     whole_bias = "bias" in weights and "bias" not in style.local
-    if isinstance(computation, Contraction) and style.kept and whole_bias:
+    if isinstance(computation, Contraction) and (style.kept or style.open) and whole_bias:
         dim = bias_dim(style, computation, weights["bias"].shape)
         kind = "all_reduce" if dim is None else "all_gather"
         backward.append(Collective(kind, style.axis, "bias gradient"))

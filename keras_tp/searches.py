@@ -77,7 +77,9 @@ class Search:
     failures: Counter[int] = field(default_factory=Counter)
     known: dict[Any, _Look] = field(default_factory=dict)
 
-    def look_at(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def look_at(
+        self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any, result: Any
+    ) -> None:
         """Settles the groups below a layer."""
         below = walk_layers(layer)
         ids = {id(owner.layer) for owner in below[1:]}

@@ -24,7 +24,10 @@ from torch.distributed.tensor.parallel import style as torch_style
 from keras_tp.calls import GatheredCall, Stage, shard_call
 from keras_tp.collectives import Axis, copy, gather, reduce, split
 from keras_tp.computations import Computation
+from keras_tp.meetings import AxisMeeting
+from keras_tp.outputs import ShardedOutput
 from keras_tp.plans import StylePlan
+from keras_tp.seam.contexts import in_step
 from keras_tp.seam.variables import ShardedVariable
 
 
@@ -51,17 +54,17 @@ class _ShardStyle(Stage):
             )
         return split(x, dim, self.axis)
 
-    def _gather(self, y: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.plan.output, Shard)
-        if self.kept:
-            return y
-        return gather(y, self.plan.output.dim, self.plan.size, self.axis)
+    def _joined(self, y: torch.Tensor, dim: int) -> torch.Tensor:
+        if self.plan.open and in_step():
+            return ShardedOutput.of(y, dim % y.dim(), AxisMeeting(self.axis))
+        return gather(y, dim, self.plan.size, self.axis)
 
 
 class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
     """Output dim sharded: replicated input, gathered output.
 
-    Forward one all-gather of the output, none where it is kept as a shard; backward one
+    Forward one all-gather of the output, none where it is kept as a shard, or in one of Keras's
+    steps is left open for the loss (`keras_tp.outputs`); backward one
     all-reduce of the input's gradient (none for a lookup), for all that read the same together.
     """
 
@@ -75,7 +78,8 @@ class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
         return copy(x, self.axis) if self.copies is None else self.copies.of(x)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
-        return self._gather(y)
+        assert isinstance(self.plan.output, Shard)
+        return y if self.kept else self._joined(y, self.plan.output.dim)
 
 
 class RowwiseParallel(_ShardStyle, torch_style.RowwiseParallel):
@@ -109,14 +113,21 @@ class BatchedParallel(_ShardStyle, torch_style.ParallelStyle):
         return self._split(x)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
-        return self._gather(y)
+        assert isinstance(self.plan.output, Shard)
+        return y if self.kept else self._joined(y, self.plan.output.dim)
 
 
 class VocabularyParallel(_ShardStyle, torch_style.ParallelStyle):
-    """Rows of an embedding table sharded: forward one all-reduce of the output, backward none."""
+    """Rows of an embedding table sharded: forward one all-reduce of the output, backward none.
+
+    In reverse it is a column layer, whose output `leave` gathers.
+    """
 
     def combine(self, y: torch.Tensor) -> torch.Tensor:
         return reduce(y, self.axis)
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        return self._joined(y, -1)
 
 
 class GatheredOnUse(torch_style.ParallelStyle):

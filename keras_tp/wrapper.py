@@ -35,6 +35,7 @@ from keras_tp.seam.layers import (
     walk_layers,
 )
 from keras_tp.seam.rows import hook_random, hook_remat, share_statistics
+from keras_tp.seam.steps import mark_steps
 from keras_tp.seam.trials import try_before_compiling
 from keras_tp.seam.updates import hook_optimizers
 from keras_tp.seam.variables import (
@@ -113,6 +114,8 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
         feed_rows(model, replicas)
     if plan.batch_axis is not None or plan.regions:
         try_before_compiling(model)
+    if any(style.open for layer in plan.layers for style in layer.styles):
+        mark_steps(model)
     if check_batches and dist.get_world_size() > 1:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)

@@ -66,12 +66,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if config.getoption("--write-layers"):
         from layer_cases import CASES
 
-        done = {
-            name: results[name]
-            for name in CASES
-            if len(results.get(name, ())) == len(matrix.MESHES)
+        # Of what was not run, as with -k, the rows stay.
+        before = {
+            name: {mesh: matrix.on_page(name, mesh) for mesh in matrix.MESHES} for name in CASES
         }
-        matrix.PAGE.write_text(matrix.page(done))
+        matrix.PAGE.write_text(
+            matrix.page({n: rows | results.get(n, {}) for n, rows in before.items()})
+        )
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ Every rank does both from one seed, so that all ranks are compared with one proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import features
@@ -14,6 +15,7 @@ import numpy as np
 import parity
 
 import keras_tp
+from keras_tp import heads
 
 # Gives what it sees, by name; what is a nest is compared leaf by leaf.
 Script = Callable[[Any], dict[str, Any]]
@@ -22,6 +24,20 @@ Layout = Mapping[str, tuple[str | None, ...]]
 
 def size_of(mesh: str) -> int:
     return int(np.prod(list(features.MESHES[mesh].values())))
+
+
+# Meshes on which outputs, of however few columns, stay shards until the loss.
+OPEN = [("model=2", 1), ("batch=2 model=2", 1)]
+
+
+@contextlib.contextmanager
+def open_from(fewest: int) -> Iterator[None]:
+    """While open, outputs of at least so many columns stay shards until the loss."""
+    before, heads.FEWEST = heads.FEWEST, fewest
+    try:
+        yield
+    finally:
+        heads.FEWEST = before
 
 
 def layout_on(layout: Layout, mesh: str) -> Any:

@@ -113,10 +113,13 @@ LAYOUT = {
 }
 
 
-def all_losses(mesh: str) -> dict[str, float]:
-    """The largest difference that each loss shows."""
+def all_losses(mesh: str, fewest: int) -> dict[str, float]:
+    """The largest difference that each loss shows.
+
+    Outputs of at least `fewest` columns are computed with as shards, where that is known.
+    """
     found = {}
-    with real_float64():
+    with real_float64(), scripts.open_from(fewest):
         for name, kind in KINDS.items():
             mine = [loss for loss in sorted(LOSSES) if LOSSES[loss] == name]
             mine = [loss for loss in mine if hasattr(keras.losses, loss)]  # in an older Keras
@@ -141,14 +144,16 @@ def all_losses(mesh: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("mesh", features.MESHES)
-def test_every_loss(ranks: Any, record_property: Any, mesh: str) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "fewest"), [*((mesh, 256) for mesh in features.MESHES), *scripts.OPEN]
+)
+def test_every_loss(ranks: Any, record_property: Any, mesh: str, fewest: int) -> None:
     """A loss that is a sum over the batch, or that compares its rows with each other (Circle, Dice,
     Tversky): of one replica's rows, and averaged, it is another number and another gradient.
 
     Seen to fail, for every class, with gradients that are averaged, and with those of weights
-    cut along the batch axis left unsummed.
+    cut along the batch axis left unsummed; where outputs stay shards, see `test_outputs`.
     """
-    answers = ranks(scripts.size_of(mesh))(all_losses, mesh, timeout=180)
-    feature = f"all {len(answers[0])} classes of keras.losses"
+    answers = ranks(scripts.size_of(mesh))(all_losses, mesh, fewest, timeout=180)
+    feature = f"all {len(answers[0])} classes of keras.losses{', on shards' * (fewest == 1)}"
     features.note_worst(record_property, "losses", mesh, feature, answers)

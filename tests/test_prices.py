@@ -22,6 +22,7 @@ import keras_tp
 from keras_tp.cli import main
 from keras_tp.examples.train_transformer import layout_map as demo_layout
 from keras_tp.examples.train_transformer import transformer as demo
+from keras_tp.seam.contexts import stepping
 
 Found = dict[str, dict[tuple[str, int], tuple[int, int]]]
 
@@ -29,7 +30,7 @@ Found = dict[str, dict[tuple[str, int], tuple[int, int]]]
 def by_hand(model: Any, x: Any, y: Any) -> Found:
     """A step as Keras's `train_step` makes it, and what it sends in each phase."""
     found: Found = {}
-    with Traffic() as found["forward"]:
+    with Traffic() as found["forward"], stepping():
         outputs = model(x, training=True)
         model.zero_grad()
         loss = model._compute_loss(x=x, y=y, y_pred=outputs, sample_weight=None, training=True)

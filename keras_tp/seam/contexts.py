@@ -187,3 +187,23 @@ def reading_shards(on: bool = True) -> Iterator[None]:
         yield
     finally:
         global_state.set_global_attribute(_READING_SHARDS, before)
+
+
+_STEPPING = "keras_tp_stepping"
+
+
+def in_step() -> bool:
+    """Whether one of Keras's own steps of training or evaluation goes on, which is not compiled."""
+    going_on = bool(global_state.get_global_attribute(_STEPPING))
+    return going_on and not torch.compiler.is_compiling()
+
+
+@contextlib.contextmanager
+def stepping(on: bool = True) -> Iterator[None]:
+    """While open, what a model gives goes to a loss and metrics, and nowhere else."""
+    before = global_state.get_global_attribute(_STEPPING)
+    global_state.set_global_attribute(_STEPPING, on)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_STEPPING, before)

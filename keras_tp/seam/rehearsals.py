@@ -189,6 +189,13 @@ def keras_mask(tensor: Any) -> Any:
     return getattr(tensor, "_keras_mask", None)
 
 
+def masked(tensor: torch.Tensor, mask: Any) -> torch.Tensor:
+    """`tensor`, on which Keras finds a mask, if there is one."""
+    if mask is not None:
+        tensor._keras_mask = mask  # type: ignore[attr-defined]
+    return tensor
+
+
 def is_computed_again(layer: Any) -> bool:
     """Whether the layer was made under a `RematScope`: backward computes it a second time."""
     return getattr(layer, "_remat_mode", None) is not None

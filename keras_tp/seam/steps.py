@@ -1,14 +1,18 @@
-"""One training step of a Keras model on tensors without values, as its `train_step` makes it."""
+"""Steps of a Keras model: as its `train_step` makes them, here on tensors without values."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import torch
 from keras.src.backend.torch.core import to_torch_dtype
+from keras.src.backend.torch.trainer import TorchTrainer
 from keras.src.trainers.compile_utils import CompileLoss
 
+from keras_tp.seam.contexts import stepping
 from keras_tp.seam.rehearsals import META, inputs_struct
 
 
@@ -107,3 +111,24 @@ def loss_in_training(model: Any, x: Any, y: Any, y_pred: Any) -> torch.Tensor:
         x=x, y=y, y_pred=y_pred, sample_weight=None, training=True
     )
     return loss
+
+
+def mark_steps(model: Any) -> None:
+    """Has it be known that a step of Keras's own goes on (`keras_tp.seam.contexts.in_step`).
+
+    A step of the user's may do anything with what the model gives, on one rank alone too.
+    """
+    for name in ("train_step", "test_step"):
+        if getattr(type(model), name, None) is getattr(TorchTrainer, name):
+            setattr(model, name, _marked(getattr(model, name)))
+
+
+def _marked(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(step)
+    def marked(data: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return step(data)
+        with stepping():
+            return step(data)
+
+    return marked

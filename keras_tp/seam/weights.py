@@ -34,9 +34,7 @@ class FullWeight(torch.Tensor):
     def make(cls, variable: Any, tracked: bool) -> FullWeight:
         """Without a graph; `tracked` is False for what `detach()` gives."""
         local = variable._value
-        weight = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(variable.shape), dtype=local.dtype, device=local.device
-        )
+        weight = without_storage(cls, tuple(variable.shape), local)
         weight._variable = variable
         weight._tracked = tracked
         return weight
@@ -48,12 +46,11 @@ class FullWeight(torch.Tensor):
         kwargs = kwargs or {}
         weight = args[0] if args and isinstance(args[0], cls) else None
         if weight is not None:
-            if func in _OF_THE_GRADIENT and weight._tracked:
+            if func in OF_THE_GRADIENT and weight._tracked:
                 answer = func(weight._variable._value, *args[1:], **kwargs)
                 return weight if answer is weight._variable._value else answer
             if func in OF_THE_SHAPE:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
+                return of_the_tensor(func, args, kwargs)
             if func in _DETACHED:
                 return cls.make(weight._variable, tracked=False)
         if func is torch.autograd.grad:
@@ -62,7 +59,7 @@ class FullWeight(torch.Tensor):
         given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, cls)]
         path = given[0]._variable.path
         name = getattr(func, "__name__", str(func))
-        if any(isinstance(leaf, cls) for leaf in tree_iter(_written(func, args, kwargs))):
+        if any(isinstance(leaf, cls) for leaf in tree_iter(written(func, args, kwargs))):
             raise write_error(path, f"torch's {name}")
         full: dict[Any, torch.Tensor] = {}  # each weight is gathered once, however often given
 
@@ -126,6 +123,17 @@ class _Tracked(torch.autograd.Function):
         return ctx.variable._sharding.local(grad), None
 
 
+def without_storage(cls: Any, shape: tuple[int, ...], like: torch.Tensor) -> Any:
+    """A tensor of a class of its own that has no values; dtype and device are those of `like`."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+
+def of_the_tensor(func: Any, args: Any, kwargs: Any) -> Any:
+    """What torch's function answers of tensors of classes of their own, as of any tensors."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
 class WeightView(torch.Tensor):
     """A view of a gathered weight, which may be read, but not written: that would be lost."""
 
@@ -138,8 +146,8 @@ class WeightView(torch.Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         views = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, cls)]
-        for leaf in tree_iter(_written(func, args, kwargs)):
-            if isinstance(leaf, cls) and func not in _OF_THE_GRADIENT:
+        for leaf in tree_iter(written(func, args, kwargs)):
+            if isinstance(leaf, cls) and func not in OF_THE_GRADIENT:
                 raise write_error(leaf._path, f"torch's {name}")
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
@@ -188,7 +196,7 @@ def write_error(path: str, where: str) -> LayoutError:
     )
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments that `func` writes into."""
     name = getattr(func, "__name__", "").split(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
@@ -209,7 +217,7 @@ def _methods(*names: str) -> set[Any]:
 
 
 # What the shard answers.
-_OF_THE_GRADIENT = {
+OF_THE_GRADIENT = {
     *_getters("grad", "is_leaf", "requires_grad"),
     *(_TENSOR.grad.__set__, _TENSOR.grad.__delete__, _TENSOR.requires_grad.__set__),
     *_methods("requires_grad_", "retain_grad"),

@@ -254,7 +254,7 @@ def test_plan_of_llama() -> None:
             assert two_axes[f"{block}/feedforward_{name}_dense"] == "gathered + column"
         assert one_axis[f"{block}/feedforward_output_dense"] == "row"
         assert one_axis[f"{block}/feedforward_layernorm"] == "replicated"
-    assert one_axis["token_embedding"] == "gathered"
+    assert one_axis["token_embedding"] == "vocabulary"
 
 
 def test_what_the_maps_leave_whole() -> None:
