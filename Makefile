@@ -6,9 +6,10 @@ KERAS ?= keras
 HUB ?= keras-hub==0.32.0
 PYTHON ?= python3
 RANKS ?= 2
+TRIALS ?= 9
 BIN = .venv/bin
 
-.PHONY: demo demo-api test test-hub test-jax layers check bench clean FORCE
+.PHONY: demo demo-api test test-hub test-jax layers check bench faults clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
@@ -40,6 +41,10 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/costs.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/parity.py --float64
+
+# Kills ranks of a small job anywhere, and starts it again: TRIALS=60 for a few minutes of it.
+faults: .venv/run
+	$(BIN)/python benchmarks/faults.py --trials $(TRIALS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,9 +11,10 @@ from keras_tp.api import (
     plan,
     verify,
 )
+from keras_tp.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from keras_tp.checks import LayerCheck, Verification
 from keras_tp.data import DataSharder
-from keras_tp.errors import LayoutError, LayoutWarning
+from keras_tp.errors import CheckpointError, LayoutError, LayoutWarning
 from keras_tp.mesh import device_mesh, initialize
 from keras_tp.plans import LayerPlan, Plan, VariablePlan
 from keras_tp.prices import Cost
@@ -21,6 +22,8 @@ from keras_tp.proposals import Proposal
 from keras_tp.version import __version__
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
     "Cost",
     "DataSharder",
     "LayerCheck",
@@ -38,8 +41,10 @@ __all__ = [
     "enable",
     "full_weights",
     "initialize",
+    "load_checkpoint",
     "local_shapes",
     "parallelize",
     "plan",
+    "save_checkpoint",
     "verify",
 ]

@@ -7,6 +7,8 @@ local_shapes, full_weights   look at the result
 verify       compares it with itself on gathered weights
 enable       has `keras.distribution` do all of this, in scripts written for it
 disable      and has it stop
+
+(`save_checkpoint` and `load_checkpoint` are in `keras_tp/checkpoints.py`.)
 """
 
 from __future__ import annotations

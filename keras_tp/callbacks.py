@@ -20,6 +20,7 @@ from keras_tp.errors import LayoutError
 from keras_tp.files import FileWork
 from keras_tp.leading import held_together, lead
 from keras_tp.messages import anywhere, broadcast_object
+from keras_tp.resumption import ShardedCheckpoint as ShardedCheckpoint  # a public name of this one
 from keras_tp.seam.callbacks import (
     Attendance,
     derived_from_kerass,

@@ -44,12 +44,36 @@ def initialize(backend: str | None = None, *, timeout: timedelta | None = None) 
     how: dict[str, Any] = {}
     if not launched():
         how.update(store=dist.HashStore(), rank=0, world_size=1)
+    elif restarted_here():
+        how.update(store=_store_of_this_life(), rank=job_rank(), world_size=job_size())
     join(backend, timeout, int(os.environ.get("LOCAL_RANK", 0)), **how)
 
 
 def launched() -> bool:
     """Whether `torchrun`, or what sets the same environment, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted_here() -> bool:
+    """Whether `torchrun` started this process in place of one that failed, all on one host.
+
+    It keeps the store in which ranks tell each other their addresses, with those of ranks that
+    are gone (pytorch issue 135712): one that comes early tries to meet the dead. On several
+    hosts, whose counts of restarts may differ, its own way out is to be set where it is started:
+    `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`.
+    """
+    told = os.environ.get
+    return (
+        told("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and told("GROUP_WORLD_SIZE") == "1"
+        and told("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    )
+
+
+def _store_of_this_life() -> dist.Store:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, job_size(), is_master=False)
+    return dist.PrefixStore(f"life{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def join(backend: str | None, timeout: timedelta | None, local_rank: int, **how: Any) -> None:
@@ -99,6 +123,7 @@ def _leave() -> None:
     # that was done. They end with the last reference to their group, and the
     # meshes here are to hold the only ones.
     _MESHES.clear()
+    _ASIDE.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -187,6 +212,24 @@ def torch_mesh(shape: MeshShape) -> DeviceMesh:
         ranks = torch.tensor(shape.ranks).reshape(shape.sizes)
         meshes[shape] = DeviceMesh(device_type(), ranks, mesh_dim_names=shape.axes)
     return meshes[shape]
+
+
+# One more group of all ranks, for what is told besides while the others are busy.
+_ASIDE: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def group_aside() -> dist.ProcessGroup:
+    """A gloo group of all ranks of the job, which a thread beside the training may use alone.
+
+    Collective on first use.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if world not in _ASIDE:
+        _ASIDE.clear()
+        _ASIDE[world] = dist.new_group(backend="gloo")
+        _leave_at_exit()
+    return _ASIDE[world]
 
 
 def check_ranks(shape: MeshShape) -> None:

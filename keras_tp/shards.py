@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from keras_tp.collectives import Axis, gather
@@ -64,6 +64,19 @@ class Shards:
             elif axis.name not in keep:
                 local = gather(local, dim, self.shape[dim], axis)
         return local
+
+    def dtensor(self, local: torch.Tensor) -> DTensor:
+        """The full value as a DTensor that shares `local`'s memory. No communication."""
+        strides = torch.empty(self.shape, device="meta").stride()
+        mesh = torch_mesh(self.mesh)
+        return DTensor.from_local(
+            local,
+            mesh,
+            self.placements,
+            run_check=False,
+            shape=torch.Size(self.shape),
+            stride=strides,
+        )
 
     def cut_along(self, axis: str) -> bool:
         """Whether ranks along the axis store different parts."""

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import numpy as np
-import torch
 from torch.distributed.tensor import Replicate
 
 from keras_tp.layouts import MeshShape
 from keras_tp.messages import broadcast_object
+from keras_tp.randomness import random_state, set_random_state
 from keras_tp.seam.optimizers import adopt_slots, optimizer_variables
-from keras_tp.seam.variables import (
-    ShardedVariable,
-    global_seed,
-    replicate_variable,
-    set_global_seed,
-)
+from keras_tp.seam.variables import ShardedVariable, replicate_variable
 from keras_tp.shards import Shards
 
 
@@ -44,19 +37,4 @@ def share_random_state() -> None:
     and `fit(shuffle=True)` the same order. The first rank goes on as it would in
     one process.
     """
-    on_cuda = torch.cuda.is_available()
-    python, numpy, cpu, cuda, keras = broadcast_object(
-        (
-            random.getstate(),
-            np.random.get_state(),
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state() if on_cuda else None,
-            global_seed(),
-        )
-    )
-    set_global_seed(keras)
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if on_cuda and cuda is not None:
-        torch.cuda.set_rng_state(cuda)
+    set_random_state(broadcast_object(random_state()))

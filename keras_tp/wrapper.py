@@ -49,6 +49,7 @@ from keras_tp.seam.variables import (
 )
 from keras_tp.shards import Shards
 from keras_tp.sources import feed_rows
+from keras_tp.state_dicts import show_dtensors
 from keras_tp.styles import GatheredOnUse, make_style
 from keras_tp.training import adopt_optimizer, share_random_state
 
@@ -104,6 +105,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     adopt_optimizer(model, plan.mesh)
     cut = [v for v, decided in zip(variables, plan.variables, strict=True) if decided.sharded]
     watch_loops((v.path, local_tensor(v), sharding_of(v)) for v in cut)  # type: ignore[misc]
+    show_dtensors(owners)
     if plan.batch_axis is not None:
         hook_random()
         hook_remat()

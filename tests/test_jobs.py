@@ -183,3 +183,46 @@ def test_the_readme_program_for_keras_distribution_runs(tmp_path: Path) -> None:
     assert job.returncode == 0, job.stderr
     assert job.stdout.count("- loss: ") == 1  # the first rank's
     assert job.stdout.count("(128, 256)") == 2
+
+
+RESTARTED = """
+import os, signal, sys, keras_tp, keras, numpy as np, torch.distributed as dist
+keras_tp.initialize()
+x = np.random.default_rng(0).standard_normal((40, 8))
+
+def trained(*callbacks):
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dropout(0.5)])
+    layout_map = keras.distribution.LayoutMap(keras_tp.device_mesh({"model": 2}))
+    layout_map[".*dense/kernel"] = (None, "model")
+    keras_tp.parallelize(model, layout_map)
+    model.compile("adam", "mse")
+    model.fit(x, x, batch_size=8, epochs=2, verbose=2, callbacks=list(callbacks))
+    return [v.numpy() for v in (*model.variables, *model.optimizer.variables)]
+
+class Kills(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and batch == 3 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+saved = keras_tp.callbacks.ShardedCheckpoint(
+    sys.argv[1], every=2, unit="steps", asynchronous=False
+)
+resumed = trained(saved, Kills())
+undisturbed = trained()
+assert all(np.array_equal(a, b) for a, b in zip(resumed, undisturbed, strict=True))
+print("equal to the bit")
+"""
+
+
+def test_a_killed_job_that_torchrun_restarts_goes_on(tmp_path: Path) -> None:
+    """A job that begins anew, or goes on with another order of samples, ends elsewhere; and one
+    in three met with the address of the rank that was killed, and died (pytorch #135712)."""
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED)
+    job = torchrun("--max-restarts", "1", str(script), str(tmp_path / "run"))
+    assert job.returncode == 0, job.stderr
+    assert re.search("keras_tp: goes on from '.*/step-00000002', epoch 0, step 2", job.stdout)
+    assert job.stdout.count("equal to the bit") == 2

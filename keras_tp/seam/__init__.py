@@ -37,6 +37,8 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
 - How files come to be written is told in `saving.py`, how callbacks are told of what happens in
   `callbacks.py`. Both are hooked once, with the first model that is parallelized or made under a
   distribution, and do as before for all models that the ranks do not hold together.
+- How far `fit` has read its data is told in `positions.py`, which is hooked with the first
+  `ShardedCheckpoint` that is made, and does nothing where there is none.
 - What `keras_tp.enable` puts into Keras, and takes out again, is told in `distribution.py`.
 - Symbolic calls run in a `StatelessScope` and a `SymbolicScope`, mostly on the
   meta device.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,9 @@ class Sharding(Protocol):
         self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None
     ) -> torch.Tensor:
         """The full value, gathered along the axes not in `keep`; on rows along `replicas`."""
+
+    def dtensor(self, local: torch.Tensor) -> Any:
+        """The full value as a DTensor that shares the shard's memory."""
 
     def cut_along(self, axis: str) -> bool:
         """Whether ranks along the axis store different parts."""

@@ -19,7 +19,8 @@ from keras_tp.seam.layers import (
     variables_of,
     walk_layers,
 )
-from keras_tp.seam.variables import ShardedVariable, global_seed, set_global_seed
+from keras_tp.seam.seeds import global_seed, set_global_seed
+from keras_tp.seam.variables import ShardedVariable
 
 
 @contextlib.contextmanager

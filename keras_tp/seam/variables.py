@@ -10,9 +10,7 @@ import keras
 import numpy as np
 import torch
 from keras.src import backend
-from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_tp.seam.contexts import (
     announce_read,
@@ -247,6 +245,17 @@ def set_tensor(variable: Any, tensor: torch.Tensor) -> None:
         variable._value.data = tensor
 
 
+def store(variable: Any, local: torch.Tensor) -> None:
+    """Makes `variable` store a copy of `local`: of a sharded one this rank's shard."""
+    if isinstance(variable, ShardedVariable | ReplicatedVariable):
+        variable._direct_assign(local)
+    elif variable._value.is_contiguous():
+        with torch.no_grad():
+            variable._value.copy_(local)
+    else:  # such as an expanded tensor, into which nothing can be written
+        variable._value.data = local.to(variable._value.device, copy=True)
+
+
 def local_tensor(variable: Any) -> torch.Tensor:
     """What this rank stores of a variable, sharded or not."""
     return variable._value
@@ -278,17 +287,3 @@ def gathered_once(variables: Iterable[ShardedVariable]) -> Iterator[None]:
 def _check_unwritten(variable: ShardedVariable) -> None:
     if any(map(was_written, (variable._gathered or {}).values())):
         raise write_error(variable.path, "a layer's call")
-
-
-def global_seed() -> np.ndarray | None:
-    """State of the generator behind `keras.random` calls without a seed, if there is one yet."""
-    made = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
-    return None if made is None else made.state.numpy()
-
-
-def set_global_seed(state: np.ndarray | None) -> None:
-    """Sets what `global_seed` gives. Making the generator draws from Python's random numbers."""
-    if state is None:
-        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
-    else:
-        global_seed_generator().state.assign(state)
