@@ -15,9 +15,10 @@ from keras import ops
 from torch.distributed.tensor import Partial, Shard
 
 from keras_tp.computations import Contraction
-from keras_tp.dry_collectives import DryAxis, copy, gather, reduce, split
+from keras_tp.dry_collectives import DryAxis, copy, gather, reduce, scatter, split
 from keras_tp.dry_drops import DryParts
 from keras_tp.dry_weights import DryWeights
+from keras_tp.gates import SEQUENCE
 from keras_tp.plans import LayerPlan, Region, StylePlan
 from keras_tp.regions import prove
 from keras_tp.rehearsal import Call as ShownCall
@@ -36,6 +37,7 @@ class DryStage:
     plan: StylePlan
     axis: DryAxis
     copies: DryCopies | None = None
+    scattered: bool = False
 
     @property
     def given(self) -> bool:
@@ -60,6 +62,13 @@ class DryCopies:
         made = copy(x, self.axis, layer, of)
         self.made.append((x, made))
         return made
+
+
+class DryAsIs(DryCopies):
+    """See `keras_tp.calls.AsIs`."""
+
+    def of(self, x: torch.Tensor, layer: str, of: str) -> torch.Tensor:
+        return x
 
 
 class DryShardCall:
@@ -99,6 +108,8 @@ class DryShardCall:
         return copy(x, stage.axis, self.path, "input gradient")
 
     def _combine(self, stage: DryStage, y: torch.Tensor) -> torch.Tensor:
+        if stage.scattered:
+            return scatter(y, SEQUENCE, stage.axis, self.path, "output")
         if isinstance(stage.plan.output, Partial):
             return reduce(y, stage.axis, self.path, "output")
         return y
@@ -193,9 +204,10 @@ class DryRegionCall:
         self.stages, self.summed, self.weights = stages, summed, weights
         by_path = {owner.path: owner.layer for owner in below}
         self.divided = [(by_path[path], name, value) for path, name, value in region.divided]
+        self.passed_over = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.weights.ledger.resting:
+        if self.weights.ledger.resting or self.passed_over:
             return self.original(*args, **kwargs)
         around, draws = current_parts(), self._draws(args, kwargs)
         parts = DryParts(self.axis.size, self.axis.rank, draws)

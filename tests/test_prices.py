@@ -134,6 +134,7 @@ def dense_numbers() -> tuple[Any, Any]:
 
 
 DEMO = {pattern: entry.axes for pattern, entry in demo_layout(1).items()}
+SEQUENCE = "demo, sequence"  # of which norms, dropout and residuals are cut along tokens
 CHOSEN: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[[], Any], str]] = {
     "mlp": (models.dense_stack, models.DENSE_LAYOUT, dense_numbers, "mse"),
     "mlp, rows": (models.dense_stack, {".*kernel": ("model", None)}, dense_numbers, "mse"),
@@ -141,6 +142,7 @@ CHOSEN: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[[], Any], st
     "mlp, over both": (models.dense_stack, BOTH, dense_numbers, "mse"),
     "transformer": (models.transformer, models.TRANSFORMER_LAYOUT, models.transformer_data, "sce"),
     "demo": (demo_model, DEMO, text, "sce"),
+    SEQUENCE: (demo_model, DEMO, text, "sce"),
     "around": (around, AROUND, numbers, "mse"),
 }
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -171,7 +173,8 @@ def both(mesh: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[tuple
         keras.config.set_dtype_policy(policy)
         try:
             model, x, y = compiled(name, optimizer)
-            plan = keras_tp.plan(model, layout_map(CHOSEN[name][1], mesh))
+            made = layout_map(CHOSEN[name][1], mesh)
+            plan = keras_tp.plan(model, made, sequence_parallel=name == SEQUENCE)
             rank = torch.distributed.get_rank()
             price = planned(plan.cost(model, x, targets=y, rank=rank))
             keras_tp.parallelize(model, plan=plan, check_batches=False)
@@ -193,6 +196,8 @@ ON_TWO = {
         ("transformer", "clipped", F32),
         ("demo", "adam", F32),
         ("demo", "scaled", BF16),
+        (SEQUENCE, "adam", F32),
+        (SEQUENCE, "clipped", BF16),
         ("mlp, rows", "each clipped", BF16),
         ("around", "factored", F32),
     ],
@@ -222,6 +227,7 @@ def test_two_ranks_send_what_is_planned(ranks: Any, axis: str) -> None:
 ON_FOUR = [
     ("mlp, over both", "whole", F32),
     ("transformer", "clipped", F32),
+    (SEQUENCE, "adam", F32),
     ("around", "adam", F32),
 ]
 
