@@ -50,7 +50,6 @@ class Outer:
     Attributes:
         call: the call; its members are all along the axis.
         regions: numbers of layers within which members hand each other shards of features.
-            They are given whole tensors.
         handed: members that do so.
         divided: attributes that count what is sharded there; see `Proof.divided`.
     """
@@ -103,7 +102,7 @@ def prove_sequence(outer: Outer) -> SequenceProof:
     mixed: set[int] = set()
     while True:
         before = decisions.copy()
-        watch = Tokens(whole.events, call.parts, decisions)
+        watch = Tokens(whole.events, call.parts, decisions, outer.regions)
         watch.mixed |= mixed
         run = _Run(call, watch, outer.divided, refused, summed, outer=outer)
         try:
@@ -111,15 +110,18 @@ def prove_sequence(outer: Outer) -> SequenceProof:
         except Exception as error:
             reason = str(error) if isinstance(error, LostTrack) else shortened(error)
             try:
-                watch.blame_last(reason)
+                if decisions == before:
+                    watch.blame_last(reason)
             except LostTrack:
                 return SequenceProof(reason=reason)
+            continue
+        if decisions != before:
             continue
         new = [reason for number, reason in watch.refused.items() if number not in refused]
         if new:
             return SequenceProof(reason=new[0])
         sums = (summed | watch.summed) - watch.mixed
-        if sums != summed or watch.mixed != mixed or decisions != before:
+        if sums != summed or watch.mixed != mixed:
             summed, mixed = sums, mixed | watch.mixed
         elif not run.prune():
             return run.sequence_proof(decisions)
@@ -212,7 +214,7 @@ class _Run(Rehearsal):
             return watch.mode
         if number in watch.decisions.whole:
             return WHOLE
-        return REGION if number and number in self.outer.regions else LOCAL
+        return REGION if number in watch.decisions.given else LOCAL
 
     def _through(
         self, number: int, leaving: bool, nest: Any, convert: Callable[..., torch.Tensor]
@@ -370,7 +372,8 @@ class _Run(Rehearsal):
         heavy = _heavy(self.outer)
         whole = {n: r for n, r in decisions.whole.items() if n in joining or n not in heavy}
         if not scattered - lookups:
-            reasons = [*whole.values(), *decisions.unscattered.values()]
+            light = [reason for number, reason in whole.items() if number not in heavy]
+            reasons = [*light, *decisions.unscattered.values(), *whole.values()]
             return SequenceProof(reason=(reasons or ["no layer's output is summed"])[0])
         layers = set(gated(self.passages))
         return SequenceProof(

@@ -24,12 +24,14 @@ class Decisions:
     """What has turned out so far; it only grows.
 
     Attributes:
-        whole: layers that are given whole tensors, with the reason.
+        given: layers that are given whole tensors to use on shards of weights, with the reason.
+        whole: layers that are given whole tensors for what every rank does alike.
         gives: layers whose shards are gathered as they return.
         uncut: layers of which what they return whole stays so; of the outermost what it is given.
         unscattered: members whose output is a sum on every rank, with the reason.
     """
 
+    given: dict[int, str] = field(default_factory=dict)
     whole: dict[int, str] = field(default_factory=dict)
     gives: set[int] = field(default_factory=set)
     uncut: set[int] = field(default_factory=set)
@@ -38,7 +40,11 @@ class Decisions:
     def copy(self) -> Decisions:
         """As it is now."""
         return Decisions(
-            dict(self.whole), set(self.gives), set(self.uncut), dict(self.unscattered)
+            dict(self.given),
+            dict(self.whole),
+            set(self.gives),
+            set(self.uncut),
+            dict(self.unscattered),
         )
 
 
@@ -49,18 +55,22 @@ class Tokens(Local):
         events: of the run on the whole.
         parts: number of ranks.
         decisions: what is in the way is added to them.
+        regions: layers within which shards of features are handed on.
 
     Attributes:
         stack: the layers that are being called, and how.
         used: identities of the tensors that functions were given as they are.
     """
 
-    def __init__(self, events: list[Event], parts: int, decisions: Decisions):
+    def __init__(
+        self, events: list[Event], parts: int, decisions: Decisions, regions: frozenset[int]
+    ):
         super().__init__(events, parts)
         self.decisions = decisions
+        self.regions = regions
         self.stack: list[tuple[int, str]] = []
         self.used: set[int] = set()
-        self._failed: int | None = None
+        self._failed: tuple[int, str] | None = None
         # Negative, so that they are no numbers of members, which hand on shards of features.
         self._codes: dict[tuple[str, int], int] = {}
 
@@ -97,9 +107,8 @@ class Tokens(Local):
         if not found and any(flow.origins for flow in flows if flow.local):
             super().refuse(flows, reason)
             return
-        for flow in flows:
-            if flow.partial:
-                self.mixed |= flow.weights or frozenset()
+        weights = {w for flow in flows if flow.partial for w in flow.weights or ()}
+        self.mixed |= weights
         decisions = self.decisions
         for what, number in found:
             if what == SCATTERED:
@@ -109,19 +118,23 @@ class Tokens(Local):
             elif what == STARTED:
                 decisions.uncut.add(number)
             else:
-                decisions.whole.setdefault(number, reason)
-        if not found:
-            self._blame(self._innermost(), reason)
+                self._blame(number, LOCAL if what == ENTERED else REGION, reason)
+        if not found and not weights:
+            self._blame(*self._innermost(), reason)
 
-    def _innermost(self) -> int:
-        regions = [number for number, mode in self.stack if mode == REGION]
-        local = [number for number, mode in self.stack if mode == LOCAL]
-        return regions[0] if regions else local[-1] if local else 0
+    def _innermost(self) -> tuple[int, str]:
+        regions = [(number, mode) for number, mode in self.stack if mode == REGION]
+        local = [(number, mode) for number, mode in self.stack if mode == LOCAL]
+        return regions[0] if regions else local[-1] if local else (0, LOCAL)
 
-    def _blame(self, number: int, reason: str) -> None:
-        if not number or number in self.decisions.whole:
+    def _blame(self, number: int, mode: str, reason: str) -> None:
+        """Has a layer, which is called in this way now, be called in another."""
+        if not number:
             raise LostTrack(reason)
-        self.decisions.whole[number] = reason
+        if mode == LOCAL and number in self.regions:
+            self.decisions.given.setdefault(number, reason)
+        else:
+            self.decisions.whole.setdefault(number, reason)
 
     def note_error(self) -> None:
         """An error comes by the innermost layer; the first time it is the one that made it."""
@@ -134,7 +147,10 @@ class Tokens(Local):
         Raises:
             LostTrack: it is the outermost, or was given them already.
         """
-        self._blame(self._failed or 0, reason)
+        before = self.decisions.copy()
+        self._blame(*(self._failed or (0, LOCAL)), reason)
+        if self.decisions == before:
+            raise LostTrack(reason)
 
     def next_event(self, name: str, given: list[torch.Tensor]) -> Event:
         """See `Local.next_event`."""

@@ -175,6 +175,7 @@ def both(mesh: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[tuple
             model, x, y = compiled(name, optimizer)
             made = layout_map(CHOSEN[name][1], mesh)
             plan = keras_tp.plan(model, made, sequence_parallel=name == SEQUENCE)
+            assert (plan.sequence is not None) == (name == SEQUENCE)
             rank = torch.distributed.get_rank()
             price = planned(plan.cost(model, x, targets=y, rank=rank))
             keras_tp.parallelize(model, plan=plan, check_batches=False)
