@@ -46,9 +46,7 @@ class Stage:
     def __init__(self, plan: StylePlan):
         self.plan = plan
 
-    def open(
-        self, copies: SharedCopies, given: bool, kept: bool, scattered: bool = False
-    ) -> None:
+    def open(self, copies: SharedCopies, given: bool, kept: bool, scattered: bool = False) -> None:
         """A call begins in which layers hand each other shards."""
         self.copies, self.given, self.kept, self.scattered = copies, given, kept, scattered
 

@@ -13,8 +13,8 @@ from keras_tp.costs import Slots
 from keras_tp.dry_calls import DryGatheredCall, DryRegionCall, DryShardCall
 from keras_tp.dry_collectives import DryAxis
 from keras_tp.dry_drops import DryDrops
-from keras_tp.dry_sequences import DrySequenceCall
 from keras_tp.dry_rows import DryRowsCall, DryWholeRowsCall, Named
+from keras_tp.dry_sequences import DrySequenceCall
 from keras_tp.dry_weights import DryWeights
 from keras_tp.handovers import members_along
 from keras_tp.ledger import Ledger, Traffic

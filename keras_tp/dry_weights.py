@@ -77,7 +77,7 @@ class DryWeights:
         ]
 
     def own(self, variable: Any) -> torch.Tensor:
-        """What the rank stores of a variable; while replicas compute, for use on the rank's rows."""
+        """What the rank stores of a variable, for use on its rows where replicas compute."""
         replicas: Any = current_replicas()
         stored: torch.Tensor = self._tensors[id(variable)]
         return stored if replicas is None else replicas.own(variable)

@@ -104,7 +104,9 @@ class Gates:
         done = iter(passage.done)
 
         def converted(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor | np.ndarray):
+            if isinstance(leaf, np.ndarray):
+                next(done)  # a tensor where nothing has values, of which nothing is made
+            if not isinstance(leaf, torch.Tensor):
                 return leaf
             what = next(done)
             return leaf if what == KEEP else self.converted.of(what, leaf, layer)

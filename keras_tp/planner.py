@@ -84,7 +84,7 @@ def make_plan(
     found = find_regions(model, owners, layers, plans, computing)
     if found.regions or found.reasons:
         layers = _plan_layers(owners, plans, index, mesh, replicas, found)
-    sequence, notes = None, []
+    sequence, notes = None, list[str]()
     if sequence_parallel:
         sequence, layers, notes = find_sequence(
             model, owners, layers, plans, found.regions, computing

@@ -197,9 +197,7 @@ class Rehearsal:
         watch.set_flow(y, Flow(dim, grad=True, origins=origins, weights=None))
         return y
 
-    def cut_of(
-        self, watch: Local, member: Member, out: Shape
-    ) -> tuple[int | None, frozenset[int]]:
+    def cut_of(self, watch: Local, member: Member, out: Shape) -> tuple[int | None, frozenset[int]]:
         """The dim along which what a member gives is cut, and what its shards come from."""
         style, number = member.style, member.number
         if not isinstance(style.output, Shard) or number in self.refused:

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.tensor import Partial, Shard
 
 from keras_tp.dry_runs import LostTrack, Whole
-from keras_tp.flows import Flow, even
+from keras_tp.flows import Flow
 from keras_tp.gates import CUT, JOIN, KEEP, SEQUENCE, SUM, Converted, Passage, gated
 from keras_tp.layouts import Shape
 from keras_tp.regions import shortened
@@ -219,7 +219,8 @@ class _Run(Rehearsal):
     def _through(
         self, number: int, leaving: bool, nest: Any, convert: Callable[..., torch.Tensor]
     ) -> Any:
-        self.leaving, self.done = leaving, []
+        self.leaving = leaving
+        self.done: list[str] = []
 
         def converted(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -314,9 +315,7 @@ class _Run(Rehearsal):
             self.sums.append((number, y))
         return y
 
-    def cut_of(
-        self, watch: Local, member: Member, out: Shape
-    ) -> tuple[int | None, frozenset[int]]:
+    def cut_of(self, watch: Local, member: Member, out: Shape) -> tuple[int | None, frozenset[int]]:
         """See `Rehearsal.cut_of`; what is summed may be scattered."""
         assert isinstance(watch, Tokens)
         if not isinstance(member.style.output, Partial):

@@ -68,6 +68,13 @@ def _place(layer: Any) -> tuple[Any, str]:
     return holder, name
 
 
+def _original(planned: Any) -> Any:
+    """The call that it has taken the place of, with none around it that has layers share."""
+    call = planned.original
+    within = isinstance(planned, SequenceCall) and isinstance(call, RegionCall)
+    return call.original if within else call
+
+
 class _CheckedCall:
     """A layer's call that is compared, before it is made, with one on gathered weights."""
 
@@ -83,11 +90,11 @@ class _CheckedCall:
                 self.comparison.compare(self._call, args, kwargs)
             if isinstance(self.planned, RegionCall | SequenceCall):
                 # As if its layers handed each other whole activations, so that each is compared.
-                return self.planned.original(*args, **kwargs)
+                return _original(self.planned)(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.planned.original if self.mode.now == "gathered" else self.planned
+        call = _original(self.planned) if self.mode.now == "gathered" else self.planned
         return call(*args, **kwargs)
 
 
