@@ -246,30 +246,33 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {"tokens": 96, "width": 32, "heads": 4, "blocks": 2, "rows": 16, "steps": 5}
 
 
-def compared(dropout: float, mesh: dict[str, int], cut: bool) -> list[tuple[str, int, int]]:
+def compared(
+    dropout: float, mesh: dict[str, int], cut: bool, sequence: bool
+) -> list[tuple[str, int, int]]:
     if str(BENCHMARKS) not in sys.path:
         sys.path.append(str(BENCHMARKS))
     import costs
 
     options = argparse.Namespace(**SIZES, dropout=dropout)
-    rows: list[tuple[str, int, int]] = costs.measure(options, mesh, cut)
+    rows: list[tuple[str, int, int]] = costs.measure(options, mesh, cut, sequence)
     return rows
 
 
 @pytest.mark.parametrize(
-    ("mesh", "dropout", "cut"),
+    ("mesh", "dropout", "cut", "sequence"),
     [
-        ({"batch": 1, "model": 2}, 0.0, False),
-        ({"batch": 1, "model": 2}, 0.1, False),
-        ({"batch": 2, "model": 1}, 0.1, True),
+        ({"batch": 1, "model": 2}, 0.0, False, False),
+        ({"batch": 1, "model": 2}, 0.1, False, False),
+        ({"batch": 1, "model": 2}, 0.1, False, True),
+        ({"batch": 2, "model": 1}, 0.1, True, False),
     ],
 )
 def test_memory_is_what_ranks_hold(
-    ranks: Any, mesh: dict[str, int], dropout: float, cut: bool
+    ranks: Any, mesh: dict[str, int], dropout: float, cut: bool, sequence: bool
 ) -> None:
     """Activations of the whole batch, or whole ones where layers hand on shards; scores of
     attention that no kernel keeps; gathered weights forgotten, which are there until backward."""
-    for rows in ranks(2)(compared, dropout, mesh, cut):
+    for rows in ranks(2)(compared, dropout, mesh, cut, sequence):
         found = {name: (planned, measured) for name, planned, measured in rows}
         for name, (planned, measured) in found.items():
             allowed = 0 if "," in name else 0.05
