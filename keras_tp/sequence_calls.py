@@ -34,6 +34,8 @@ from keras_tp.seam.variables import copied_on_read, local_tensor, sharding_of
 from keras_tp.sequences import SequenceProof, prove_sequence
 from keras_tp.stretches import outer_call
 
+INSTEAD = "tokens are not shared out as was planned"
+
 
 class SequenceCall:
     """A model's `call`, in which layers hand each other shards of the sequence.
@@ -68,6 +70,11 @@ class SequenceCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_symbolic() or is_stateless() or not all(call.as_planned for call in self.calls):
+            return self.original(*args, **kwargs)
+        if torch.compiler.is_compiling():  # gates are put up anew in each call
+            return self.original(*args, **kwargs)
+        if getattr(self.layer, "jit_compile", False):  # so is the call before the compiled ones
+            self.kinds.tell("its step is compiled", INSTEAD)
             return self.original(*args, **kwargs)
         proof = self.kinds.of(args, kwargs)
         if proof.reason:
@@ -130,7 +137,7 @@ class SequenceCall:
         with restored(self.owners, trained=False):
             proof = prove_sequence(self.outer(self.original, args, kwargs, sharded))
         if proof.reason:
-            self.kinds.tell(proof.reason, "tokens are not shared out as was planned")
+            self.kinds.tell(proof.reason, INSTEAD)
         return proof
 
 

@@ -271,7 +271,7 @@ def test_what_cannot_be_proven_is_as_today(ranks: Any) -> None:
         assert any(note.startswith(said) for note in plan.notes), plan.notes
 
 
-def other_calls() -> tuple[list[float], list[str], bool]:
+def other_calls() -> tuple[list[float], list[str], bool, Counter[str]]:
     with parity.real_float64(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", keras_tp.LayoutWarning)
         plain, many = (parity.build_seeded(lambda: encoder(None)) for _ in range(2))
@@ -284,15 +284,20 @@ def other_calls() -> tuple[list[float], list[str], bool]:
             gaps.append(parity.difference(*(p.detach().numpy() for p in pair)))
             gaps.append(parity.difference(*(m.predict_on_batch(x) for m in (plain, many))))
         found = keras_tp.verify(many, data()[0], training=True)
+        many.compile("sgd", "mse", jit_compile=True)
+        with Collectives() as forward:  # as before a step is compiled
+            many(torch.tensor(data()[0]), training=True)
     said = [str(w.message) for w in caught if w.category is keras_tp.LayoutWarning]
-    return gaps, said, found.equal
+    return gaps, said, found.equal, forward
 
 
 def test_calls_that_the_plan_has_not_seen(ranks: Any) -> None:
-    """Seven tokens on two ranks; arrays in place of tensors; a comparison that sees parts."""
-    for gaps, said, equal in ranks(2)(other_calls):
+    """Seven tokens on two ranks; arrays in place of tensors; a comparison that sees parts; what a
+    compiler cannot trace."""
+    for gaps, said, equal, forward in ranks(2)(other_calls):
         assert max(gaps) < 1e-12
         assert [s for s in said if "tokens are not shared out as was planned" in s], said
         assert any("7 tokens are not cut evenly into 2" in s for s in said)
         assert len(said) == 1
         assert equal
+        assert forward == {"all_reduce": 2 * BLOCKS, "all_gather": 1}
