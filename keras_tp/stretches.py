@@ -80,6 +80,8 @@ def find_sequence(
     axis = max(counts, key=lambda name: counts[name], default="")
     if not axis or not counts[axis]:
         return None, layers, [_nothing("no layers hand each other shards")]
+    if sum(map(bool, counts.values())) > 1:
+        return None, layers, [_nothing("layers hand each other shards along several axes")]
     variables = variables_of(owners)
     cut = frozenset(id(v) for v, p in zip(variables, plans, strict=True) if p.sharded)
     outer = outer_call(owners, layers, regions, axis, sizes[axis])
