@@ -10,6 +10,8 @@ rank where it is furthest off.
     activations                     what the peak of forward and backward has beyond these
     collectives, bytes given        of one step, by torch's profiler
 
+Where layers compute on shards it is measured with `sequence_parallel=True` as well.
+
 The exit status is 1 if a memory is more than 5 % off, or a collective or a byte is.
 """
 
@@ -36,6 +38,8 @@ from traffic import collectives
 from keras_tp.examples.train_transformer import BYTES, transformer
 from keras_tp.prices import Cost
 from keras_tp.tables import plain_table, render, size_text
+
+ACTIVATIONS = 3  # the row of them
 
 
 def on_gloo(cost: Cost) -> tuple[Counter[str], Counter[str]]:
@@ -66,13 +70,15 @@ def profiled(model: Any, x: Any, y: Any) -> tuple[Counter[str], Counter[str]]:
     return counts, sizes
 
 
-def measure(options: argparse.Namespace, mesh: dict[str, int], cut: bool) -> list[tuple[Any, ...]]:
+def measure(
+    options: argparse.Namespace, mesh: dict[str, int], cut: bool, sequence: bool = False
+) -> list[tuple[Any, ...]]:
     """Rows of what is compared: name, planned, measured. Collective."""
     sizes = (options.tokens, options.width, options.heads, options.blocks)
     keras.utils.set_random_seed(0)
     keras.utils.clear_session()
     model = transformer(*sizes, dropout=options.dropout)
-    plan = keras_tp.plan(model, memory.layout_over(mesh, cut))
+    plan = keras_tp.plan(model, memory.layout_over(mesh, cut), sequence_parallel=sequence)
     ids = np.zeros((options.rows, options.tokens), "int32")
     cost = plan.cost(model, ids, targets=ids, rank=dist.get_rank())
     keras_tp.parallelize(model, plan=plan, check_batches=False)
@@ -109,16 +115,29 @@ def report(title: str, everywhere: list[list[tuple[Any, ...]]]) -> tuple[str, li
     return render(table), wrong
 
 
+def against(without: list[list[tuple[Any, ...]]], everywhere: list[list[tuple[Any, ...]]]) -> str:
+    """What sharing out tokens saves of activations, on the fullest rank."""
+    most = [max(rows[ACTIVATIONS][2] for rows in ranks) for ranks in (without, everywhere)]
+    sizes = " of ".join(map(size_text, reversed(most)))
+    return f"\nactivations are {sizes} without: {most[1] / most[0]:.3f}"
+
+
 def on_a_rank(options: argparse.Namespace) -> None:
     """Measures every mesh of this number of ranks; rank 0 writes a line for each to the file."""
     running.numbers_of_this_machine()
     keras_tp.initialize()
     for title, mesh, cut in memory.MESHES[dist.get_world_size()]:
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, measure(options, mesh, cut))
-        if dist.get_rank() == 0:
-            with options.found.open("a") as file:
-                file.write(json.dumps(report(title, everywhere)) + "\n")
+        before: list[list[tuple[Any, ...]]] = []
+        for sequence in [False, True] if mesh["model"] > 1 else [False]:
+            everywhere: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, measure(options, mesh, cut, sequence))
+            if dist.get_rank() == 0:
+                name = f"{title}, tokens shared out" if sequence else title
+                table, wrong = report(name, everywhere)
+                table += against(before, everywhere) if sequence else ""
+                with options.found.open("a") as file:
+                    file.write(json.dumps((table, wrong)) + "\n")
+            before = everywhere
 
 
 def main() -> None:

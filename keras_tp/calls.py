@@ -36,24 +36,26 @@ class Stage:
         plan: what was decided.
         given, kept: whether, in the call that goes on, the input arrives and the output
             leaves as a shard.
+        scattered: whether, in that call, the output is a shard of the sequence of what is summed.
         copies: of what the layers of that call read; None if each makes its own.
     """
 
     axis: Axis
     given = False
     kept = False
+    scattered = False
     copies: SharedCopies | None = None
 
     def __init__(self, plan: StylePlan):
         self.plan = plan
 
-    def open(self, copies: SharedCopies, given: bool, kept: bool) -> None:
+    def open(self, copies: SharedCopies, given: bool, kept: bool, scattered: bool = False) -> None:
         """A call begins in which layers hand each other shards."""
-        self.copies, self.given, self.kept = copies, given, kept
+        self.copies, self.given, self.kept, self.scattered = copies, given, kept, scattered
 
     def close(self) -> None:
         """It has ended."""
-        self.copies, self.given, self.kept = None, False, False
+        self.copies, self.given, self.kept, self.scattered = None, False, False, False
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """The input as the computation wants it."""
@@ -83,6 +85,13 @@ class SharedCopies:
         made = copy(x, self.axis)
         self.made.append((x, made))
         return made
+
+
+class AsIs(SharedCopies):
+    """In place of copies of what was gathered for use on shards: its gradient is summed there."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class ShardCall(ABC):

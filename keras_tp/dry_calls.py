@@ -16,9 +16,10 @@ from keras import ops
 from torch.distributed.tensor import Partial, Shard
 
 from keras_tp.computations import Contraction, Lookup
-from keras_tp.dry_collectives import DryAxis, DryMeeting, copy, gather, reduce, split
+from keras_tp.dry_collectives import DryAxis, DryMeeting, copy, gather, reduce, scatter, split
 from keras_tp.dry_drops import DryParts
 from keras_tp.dry_weights import DryWeights
+from keras_tp.gates import SEQUENCE
 from keras_tp.heads import is_reverse, logits_of
 from keras_tp.outputs import ShardedOutput
 from keras_tp.plans import LayerPlan, Region, StylePlan
@@ -40,6 +41,7 @@ class DryStage:
     plan: StylePlan
     axis: DryAxis
     copies: DryCopies | None = None
+    scattered: bool = False
 
     @property
     def given(self) -> bool:
@@ -64,6 +66,13 @@ class DryCopies:
         made = copy(x, self.axis, layer, of)
         self.made.append((x, made))
         return made
+
+
+class DryAsIs(DryCopies):
+    """See `keras_tp.calls.AsIs`."""
+
+    def of(self, x: torch.Tensor, layer: str, of: str) -> torch.Tensor:
+        return x
 
 
 class DryShardCall:
@@ -105,6 +114,8 @@ class DryShardCall:
         return copy(x, stage.axis, self.path, "input gradient")
 
     def _combine(self, stage: DryStage, y: torch.Tensor) -> torch.Tensor:
+        if stage.scattered:
+            return scatter(y, SEQUENCE, stage.axis, self.path, "output")
         if isinstance(stage.plan.output, Partial):
             return reduce(y, stage.axis, self.path, "output")
         return y
@@ -216,9 +227,10 @@ class DryRegionCall:
         self.stages, self.summed, self.weights = stages, summed, weights
         by_path = {owner.path: owner.layer for owner in below}
         self.divided = [(by_path[path], name, value) for path, name, value in region.divided]
+        self.passed_over = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.weights.ledger.resting:
+        if self.weights.ledger.resting or self.passed_over:
             return self.original(*args, **kwargs)
         around, draws = current_parts(), self._draws(args, kwargs)
         parts = DryParts(self.axis.size, self.axis.rank, draws)

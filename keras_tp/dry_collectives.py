@@ -109,12 +109,29 @@ def gather_weight(
     sizes = axis.chunks(total)
 
     def back(grad: torch.Tensor) -> torch.Tensor:
-        chunks = [_padded(chunk, dim, sizes[0]) for chunk in grad.split(sizes, dim)]
-        axis.note("reduce_scatter", layer, f"{of} gradient", sum(c.nbytes for c in chunks))
-        out = torch.empty_like(chunks[0])
-        return out.narrow(dim, 0, sizes[axis.rank]).contiguous()
+        return _scattered(grad, dim, axis, layer, f"{of} gradient")
 
     return _Both.apply(x, lambda x: joined(x, dim, sizes, axis, layer, of), back)
+
+
+def scatter(x: torch.Tensor, dim: int, axis: DryAxis, layer: str, of: str) -> torch.Tensor:
+    """As `row_collectives.scatter`."""
+    dim, sizes = dim % x.dim(), axis.chunks(x.shape[dim])
+    return _Both.apply(
+        x,
+        lambda x: _scattered(x, dim, axis, layer, of),
+        lambda grad: joined(grad, dim, sizes, axis, layer, f"{of} gradient"),
+    )
+
+
+def cut(x: torch.Tensor, dim: int, axis: DryAxis, layer: str, of: str) -> torch.Tensor:
+    """As `collectives.cut`; `of` names the gradient."""
+    dim, total = dim % x.dim(), x.shape[dim]
+    return _Both.apply(
+        x,
+        lambda x: _dense(x.narrow(dim, *axis.bounds(total))),
+        lambda grad: joined(grad, dim, axis.chunks(total), axis, layer, of),
+    )
 
 
 def gather_rows(
@@ -137,6 +154,14 @@ def split_rows(
         lambda x: _rows(x, sizes, axis),
         lambda grad: joined(grad, 0, sizes, axis, layer, of),
     )
+
+
+def _scattered(x: torch.Tensor, dim: int, axis: DryAxis, layer: str, of: str) -> torch.Tensor:
+    sizes = axis.chunks(x.shape[dim])
+    chunks = [_padded(chunk, dim, sizes[0]) for chunk in x.split(sizes, dim)]
+    axis.note("reduce_scatter", layer, of, sum(c.nbytes for c in chunks))
+    out = torch.empty_like(chunks[0])
+    return out.narrow(dim, 0, sizes[axis.rank]).contiguous()
 
 
 def all_reduced(x: torch.Tensor, axis: DryAxis, layer: str, of: str) -> torch.Tensor:

@@ -54,10 +54,18 @@ class Numbers:
     """Numbers tensors as they are first seen, and keeps them, so that no number comes again."""
 
     kept: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    count: int = 0
 
     def of(self, tensor: torch.Tensor) -> int:
         """The number of a tensor."""
-        return self.kept.setdefault(id(tensor), (tensor, len(self.kept)))[1]
+        if id(tensor) not in self.kept:
+            self.kept[id(tensor)] = tensor, self.count
+            self.count += 1
+        return self.kept[id(tensor)][1]
+
+    def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """Gives a tensor, which is new, the number of another that it stands for."""
+        self.kept[id(tensor)] = tensor, self.of(other)
 
 
 class Run(TorchFunctionMode, ABC):

@@ -14,6 +14,7 @@ from keras_tp.dry_calls import DryGatheredCall, DryRegionCall, DryShardCall
 from keras_tp.dry_collectives import DryAxis
 from keras_tp.dry_drops import DryDrops
 from keras_tp.dry_rows import DryRowsCall, DryWholeRowsCall, Named
+from keras_tp.dry_sequences import DrySequenceCall
 from keras_tp.dry_weights import DryWeights
 from keras_tp.handovers import members_along
 from keras_tp.ledger import Ledger, Traffic
@@ -166,6 +167,18 @@ class DryStep:
                 ],
                 stages,
                 [self.variables[i] for i in region.summed],
+                weights,
+            )
+        if plan.sequence is not None:
+            along = axes[plan.sequence.axis]
+            inner = [calls[id(self.owners[r.layer].layer)] for r in plan.regions]
+            calls[id(self.model)] = DrySequenceCall(
+                calls.get(id(self.model), self.model.call),
+                self.owners,
+                plan,
+                along,
+                {n: s for n, call in sharded.items() for s in call.stages if s.axis is along},
+                [c for c in inner if isinstance(c, DryRegionCall) and c.axis is along],
                 weights,
             )
         if plan.batch_axis is None:

@@ -76,14 +76,17 @@ class DryWeights:
             if isinstance(placement, Shard) and name in self._axes
         ]
 
+    def own(self, variable: Any) -> torch.Tensor:
+        """What the rank stores of a variable, for use on its rows where replicas compute."""
+        replicas: Any = current_replicas()
+        stored: torch.Tensor = self._tensors[id(variable)]
+        return stored if replicas is None else replicas.own(variable)
+
     def read(self, variable: Any, keep: Collection[str] = ()) -> Any:
         """What layers see: the full value, but along the axes of `keep`; None if it is unknown."""
-        stored = self._tensors.get(id(variable))
-        if stored is None:
+        if id(variable) not in self._tensors:
             return None
-        replicas: Any = current_replicas()
-        if replicas is not None:
-            stored = replicas.own(variable)
+        stored = self.own(variable)
         cuts = self.cuts(variable)
         if not cuts:
             copied = self._copied.get(id(variable))

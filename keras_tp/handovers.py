@@ -82,13 +82,23 @@ def candidate(style: StylePlan, computation: Computation | None) -> bool:
     return isinstance(style.input, Shard) or isinstance(style.output, Shard)
 
 
-def members_along(axis: str, owners: Sequence[Owner], layers: Sequence[LayerPlan]) -> list[Member]:
-    """The layers that could hand each other shards along an axis, numbered as in the plan."""
+def members_along(
+    axis: str, owners: Sequence[Owner], layers: Sequence[LayerPlan], *, lookups: bool = False
+) -> list[Member]:
+    """The layers that could hand each other shards along an axis, numbered as in the plan.
+
+    With `lookups` also those that look up rows of a table of which each rank has some (and are
+    not called in reverse besides, which is another computation).
+    """
+
+    def is_lookup(layer: LayerPlan, style: StylePlan) -> bool:
+        return lookups and style.name == "vocabulary" and layer.computation == Lookup()
+
     return [
         Member(number, owner.layer, style, isinstance(layer.computation, Lookup))
         for number, (owner, layer) in enumerate(zip(owners, layers, strict=True))
         for style in layer.styles
-        if style.axis == axis and candidate(style, layer.computation)
+        if style.axis == axis and (candidate(style, layer.computation) or is_lookup(layer, style))
     ]
 
 

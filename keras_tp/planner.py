@@ -37,6 +37,7 @@ from keras_tp.rules import (
     style_along,
 )
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.stretches import find_sequence
 
 # These call their cell or layer once per time step: what it gathers is gathered
 # once, around all the steps.
@@ -44,7 +45,12 @@ REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
 
 
 def make_plan(
-    model: Any, layout_map: Any, *, strict: bool = False, batch_axis: str | None = "batch"
+    model: Any,
+    layout_map: Any,
+    *,
+    strict: bool = False,
+    batch_axis: str | None = "batch",
+    sequence_parallel: bool = False,
 ) -> Plan:
     """Decides everything; see `keras_tp.plan`."""
     check_model(model)
@@ -78,10 +84,15 @@ def make_plan(
     found = find_regions(model, owners, layers, plans, computing)
     if found != Found():
         layers = _plan_layers(owners, plans, index, mesh, replicas, found)
+    sequence, notes = None, list[str]()
+    if sequence_parallel:
+        sequence, layers, notes = find_sequence(
+            model, owners, layers, plans, found.regions, computing
+        )
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
     for sentence in (*unused, *said):
         warnings.warn(sentence, LayoutWarning, stacklevel=3)
-    notes = [*unused, *said, *_axes_in_words(plans, mesh, replicas)]
+    notes = [*unused, *said, *notes, *_axes_in_words(plans, mesh, replicas)]
     notes += _full_reads(variables, plans)
     notes += [found.note] if found.note else []
     notes += [
@@ -94,7 +105,7 @@ def make_plan(
     if getattr(model, "optimizer", None) is not None and any(v.sharded for v in plans):
         notes += [sentence for sentence in (price_of(model.optimizer),) if sentence]
     regions = tuple(found.regions)
-    return Plan(mesh, tuple(plans), tuple(layers), tuple(notes), replicas, regions)
+    return Plan(mesh, tuple(plans), tuple(layers), tuple(notes), replicas, regions, sequence)
 
 
 def _plan_variable(

@@ -19,6 +19,7 @@ from typing import Any
 from torch.distributed.tensor.placement_types import Placement
 
 from keras_tp.computations import Computation
+from keras_tp.gates import SequencePlan
 from keras_tp.layouts import Layout, MeshShape, Shape, local_shape, local_shapes, placements_of
 
 
@@ -196,6 +197,7 @@ class Plan:
         batch_axis: the mesh axis along which the rows of a batch are shared out,
             if there is one of more than one rank; else every rank computes all rows.
         regions: within which layers hand each other shards.
+        sequence: what is computed on shards of the sequence; None if nothing is.
     """
 
     mesh: MeshShape
@@ -204,6 +206,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     batch_axis: str | None = None
     regions: tuple[Region, ...] = ()
+    sequence: SequencePlan | None = None
 
     def bytes_per_rank(self, rank: int) -> int:
         """Bytes of variables that `rank` stores (gradients and slots not counted)."""
@@ -237,6 +240,7 @@ class Plan:
             ],
             "layers": [{**_plain(layer), "style": layer.style} for layer in self.layers],
             "regions": [_plain(region) for region in self.regions],
+            "sequence": _plain(self.sequence),
             "notes": list(self.notes),
         }
 

@@ -8,8 +8,8 @@ a cache or another shape may run other code. What is not proven is gathered.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from keras_tp.seam.rehearsals import keras_mask
 from keras_tp.seam.trials import restored
 from keras_tp.seam.variables import copied_on_read, sharding_of
 
+P = TypeVar("P")
+
 # Kinds of calls of a layer that are looked at. A number that counts tokens makes one of each.
 MOST_KINDS = 256
 
@@ -49,6 +51,52 @@ class Draws:
     def skip(self, count: int) -> None:
         """Numbers were drawn in a region within."""
         del self.dims[:count]
+
+
+GATHERED = "outputs are gathered that were planned to stay sharded"
+
+
+class Kinds(Generic[P]):
+    """What was proven of each kind of call of a layer.
+
+    Args:
+        layer: the layer.
+        prove: looks at a call.
+        nothing: what is known of a call that is not looked at.
+    """
+
+    def __init__(self, layer: Any, prove: Callable[[Any, Any], P], nothing: P):
+        self.layer = layer
+        self.prove = prove
+        self.nothing = nothing
+        self.proofs: dict[Any, P] = {}
+        self.told = False
+
+    def of(self, args: Any, kwargs: Any) -> P:
+        """What is proven of a call."""
+        kind = kind_of(args, kwargs)
+        if torch.compiler.is_compiling():
+            # A compiler cannot look; what was not looked at before is gathered.
+            found = [proof for known, proof in self.proofs.items() if known == kind]
+            return found[0] if found else self.nothing
+        proof = self.proofs.get(kind)
+        if proof is None and len(self.proofs) == MOST_KINDS:
+            self.tell(f"it has been called in {MOST_KINDS} ways, and no more are looked at")
+            return self.nothing
+        if proof is None:
+            proof = self.proofs[kind] = self.prove(args, kwargs)
+        return proof
+
+    def tell(self, reason: str, what: str = GATHERED) -> None:
+        """Says, once, what is not as it was planned."""
+        if self.told:
+            return
+        self.told = True
+        warnings.warn(
+            f"in this call of '{self.layer.path}' {what}: {reason}. The numbers are the same.",
+            LayoutWarning,
+            stacklevel=2,
+        )
 
 
 class RegionCall:
@@ -70,15 +118,15 @@ class RegionCall:
         self.owners: list[Owner] = walk_layers(layer)
         self.variables = variables_of(self.owners)
         self.calls: list[ShardCall] = [member.layer.call for member, _ in members]
-        self.proofs: dict[Any, Proof] = {}
-        self.told = False
+        self.kinds = Kinds(layer, self._prove, Proof())
+        self.passed_over = False  # a call around it says what members do
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_symbolic() or is_stateless():
+        if is_symbolic() or is_stateless() or self.passed_over:
             return self.original(*args, **kwargs)
         if not all(call.as_planned for call in self.calls):  # each of them says so
             return self.original(*args, **kwargs)
-        proof = self._proof_of(args, kwargs)
+        proof = self.kinds.of(args, kwargs)
         if not proof.taken:
             return self.original(*args, **kwargs)
         return self._call_open(proof, args, kwargs)
@@ -107,20 +155,6 @@ class RegionCall:
             for (attributes, name, _), value in zip(divided, before, strict=True):
                 attributes[name] = value
 
-    def _proof_of(self, args: Any, kwargs: Any) -> Proof:
-        kind = kind_of(args, kwargs)
-        if torch.compiler.is_compiling():
-            # A compiler cannot look; what was not looked at before is gathered.
-            found = [proof for known, proof in self.proofs.items() if known == kind]
-            return found[0] if found else Proof()
-        proof = self.proofs.get(kind)
-        if proof is None and len(self.proofs) == MOST_KINDS:
-            self._tell(f"it has been called in {MOST_KINDS} ways, and no more are looked at")
-            return Proof()
-        if proof is None:
-            proof = self.proofs[kind] = self._prove(args, kwargs)
-        return proof
-
     def _prove(self, args: Any, kwargs: Any) -> Proof:
         cut = frozenset(id(v) for v in self.variables if sharding_of(v) is not None)
         members = [member for member, _ in self.members]
@@ -130,19 +164,8 @@ class RegionCall:
         paths = {m.number: m.layer.path for m, stage in self.members if stage.plan.kept}
         refused = [(paths[n], reason) for n, reason in proof.refused if n in paths]
         if refused:
-            self._tell("; ".join(f"'{path}': {reason}" for path, reason in refused))
+            self.kinds.tell("; ".join(f"'{path}': {reason}" for path, reason in refused))
         return proof
-
-    def _tell(self, reason: str) -> None:
-        if self.told:
-            return
-        self.told = True
-        warnings.warn(
-            f"in this call of '{self.layer.path}' outputs are gathered that were planned to stay "
-            f"sharded: {reason}. The numbers are the same.",
-            LayoutWarning,
-            stacklevel=2,
-        )
 
 
 def kind_of(args: Any, kwargs: Any) -> Any:
@@ -175,6 +198,11 @@ def share_region(layer: Any, members: Sequence[Member], axis: Axis) -> None:
         members: of the layers below, which compute on shards along the axis already.
         axis: the axis.
     """
+    layer.call = RegionCall(layer, with_stages(members, axis), axis)
+
+
+def with_stages(members: Sequence[Member], axis: Axis) -> list[tuple[Member, Stage]]:
+    """Layers that compute on shards along an axis, each with what it does along it."""
     staged = []
     for member in members:
         assert isinstance(member.layer.call, ShardCall), member.layer.path
@@ -182,4 +210,4 @@ def share_region(layer: Any, members: Sequence[Member], axis: Axis) -> None:
         if isinstance(member.style.input, Shard):
             take_any_size(member.layer)
         staged.append((member, next(s for s in stages if s.axis.name == axis.name)))
-    layer.call = RegionCall(layer, staged, axis)
+    return staged

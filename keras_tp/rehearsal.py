@@ -116,7 +116,7 @@ class Rehearsal:
         variables = variables_of(call.owners)
         weights = [weight_without_values(v) for v in variables]
         args, kwargs = without_values((call.args, call.kwargs), {})
-        calls = [(member.layer, self._call_of(member)) for member in call.members]
+        calls = [(member.layer, self.call_of(member)) for member in call.members]
         layers = [owner.layer for owner in call.owners]
         attributes = [(layers[n], name, value) for n, name, value in self.divided]
         inputs = tensors_in((args, kwargs))
@@ -135,10 +135,14 @@ class Rehearsal:
         open_rehearsal = rehearsal(
             call.owners, zip(variables, weights, strict=True), calls, attributes, self
         )
-        with open_rehearsal, watch:
-            result = call.call(*args, **kwargs)
+        with open_rehearsal as losses, watch:
+            result = self.make(args, kwargs)
         if isinstance(watch, Local):
-            self._check_end(watch, result)
+            self._check_end(watch, [result, losses])
+
+    def make(self, args: Any, kwargs: Any) -> Any:
+        """Makes the call."""
+        return self.request.call(*args, **kwargs)
 
     def _check_end(self, watch: Local, result: Any) -> None:
         if watch.position != len(watch.events):
@@ -149,7 +153,8 @@ class Rehearsal:
             if flow.local:
                 watch.refuse([flow], LEAVES)
 
-    def _call_of(self, member: Member) -> Callable[..., torch.Tensor]:
+    def call_of(self, member: Member) -> Callable[..., torch.Tensor]:
+        """What is called in place of a member's `call`."""
         bare = bare_call(member.layer)
         activation = None if member.lookup else member.layer.activation
 
@@ -182,25 +187,29 @@ class Rehearsal:
             readers = self.readers.setdefault(watch.numbers.of(x), [])
             if flow.grad and number not in readers:
                 readers.append(number)
-        dim = None
-        shape = out
-        if isinstance(style.output, Shard) and number not in self.refused:
-            dim = style.output.dim % len(out)
-            try:
-                shape = even(out, dim, self.request.parts)
-            except Unproven as reason:
-                watch.refused[number] = str(reason)
-                dim = None
+        dim, origins = self.cut_of(watch, member, out)
+        shape = out if dim is None else even(out, dim, self.request.parts)
         with watch.resting():  # not a leaf, so that it may be written into
             y = torch.empty(
                 shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point
             )
             y = y * 1
-        origins: frozenset[int] = frozenset() if dim is None else frozenset([number])
         watch.set_flow(y, Flow(dim, grad=True, origins=origins, weights=None))
-        if dim is not None:
-            self.handed.add(number)
         return y
+
+    def cut_of(self, watch: Local, member: Member, out: Shape) -> tuple[int | None, frozenset[int]]:
+        """The dim along which what a member gives is cut, and what its shards come from."""
+        style, number = member.style, member.number
+        if not isinstance(style.output, Shard) or number in self.refused:
+            return None, frozenset()
+        dim = style.output.dim % len(out)
+        try:
+            even(out, dim, self.request.parts)
+        except Unproven as reason:
+            watch.refused[number] = str(reason)
+            return None, frozenset()
+        self.handed.add(number)
+        return dim, frozenset([number])
 
     def dropout(
         self, draw: Callable[..., torch.Tensor], inputs: torch.Tensor, *args: Any, **kwargs: Any

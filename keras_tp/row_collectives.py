@@ -5,6 +5,7 @@ As `keras_tp.collectives`, of which these are relatives, in dual pairs as there:
     sum_over      (all-reduce)  <->  itself (a reduce, then a copy)
     gather_weight (all-gather)  <->  reduce-scatter
     gather_rows   (all-gather)  <->  split_rows (slice)
+    scatter       (reduce-scatter)  <->  gather_weight
 
 Rows are what differs: a weight, or a total over all rows, is used on each rank's own
 rows, so that each rank's gradient of it is a part, to be summed. What is whole on
@@ -49,6 +50,19 @@ def gather_weight(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Te
         total: size of `dim` in the result.
     """
     return x if axis.size == 1 else _GatherWeight.apply(x, dim % x.dim(), total, axis)
+
+
+def scatter(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    """This rank's chunk along `dim` of the sum of `x` over the ranks (one reduce-scatter).
+
+    The gradient is all-gathered. For sums of which each rank goes on with other tokens
+    (Korthikanti et al. 2022, section 4.2.2).
+
+    Args:
+        x: partial values, the same shape on every rank.
+        dim: negative counts from the end.
+    """
+    return x if axis.size == 1 else _SumWeight.apply(x, dim % x.dim(), axis)
 
 
 def gather_rows(x: torch.Tensor, sizes: tuple[int, ...], axis: Axis) -> torch.Tensor:

@@ -130,7 +130,7 @@ class Local(Run):
                 raise LostTrack(f"{event.name} fails on shards: {failure}") from failure
             self.refuse(flows, f"{event.name} cannot be computed on shards")
             return self._as_on_the_whole(event)
-        if event.name not in SIZED and values_in((args, kwargs)) != event.values:
+        if _numbers(event.name, values_in((args, kwargs))) != _numbers(event.name, event.values):
             reason = f"{event.name} is given other numbers on shards"
             self.refuse([f for f in flows if f.local], reason)
         try:
@@ -234,6 +234,14 @@ class Local(Run):
         if result is None or len(made) != len(result):
             raise LostTrack(f"{event.name} cannot be computed on shards")
         return type(result)(made)
+
+
+def _numbers(name: str, values: Any) -> Any:
+    """What of the numbers that a function is given has to be the same on shards."""
+    if name == "full":
+        positional, named = values
+        return positional[1:2] or named.get("fill_value")
+    return None if name in SIZED else values
 
 
 def _is_elementwise(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:

@@ -24,9 +24,11 @@ from torch.distributed.tensor.parallel import style as torch_style
 from keras_tp.calls import GatheredCall, Stage, shard_call
 from keras_tp.collectives import Axis, copy, gather, reduce, split
 from keras_tp.computations import Computation
+from keras_tp.gates import SEQUENCE
 from keras_tp.meetings import AxisMeeting
 from keras_tp.outputs import ShardedOutput
 from keras_tp.plans import StylePlan
+from keras_tp.row_collectives import scatter
 from keras_tp.seam.contexts import in_step
 from keras_tp.seam.variables import ShardedVariable
 
@@ -59,6 +61,9 @@ class _ShardStyle(Stage):
             return ShardedOutput.of(y, dim % y.dim(), AxisMeeting(self.axis))
         return gather(y, dim, self.plan.size, self.axis)
 
+    def _sum(self, y: torch.Tensor) -> torch.Tensor:
+        return scatter(y, SEQUENCE, self.axis) if self.scattered else reduce(y, self.axis)
+
 
 class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
     """Output dim sharded: replicated input, gathered output.
@@ -86,7 +91,8 @@ class RowwiseParallel(_ShardStyle, torch_style.RowwiseParallel):
     """Contracted dim sharded: the input is sliced, the output summed.
 
     Forward one all-reduce of the output, before bias and activation; backward
-    one all-gather of the input's gradient, none where it is given as a shard.
+    one all-gather of the input's gradient, none where it is given as a shard. Where the output
+    is a shard of the sequence, a reduce-scatter, and an all-gather of its gradient.
     """
 
     def __init__(self, plan: StylePlan, computation: Computation):
@@ -99,7 +105,7 @@ class RowwiseParallel(_ShardStyle, torch_style.RowwiseParallel):
         return self._split(x)
 
     def combine(self, y: torch.Tensor) -> torch.Tensor:
-        return reduce(y, self.axis)
+        return self._sum(y)
 
 
 class BatchedParallel(_ShardStyle, torch_style.ParallelStyle):
@@ -124,7 +130,7 @@ class VocabularyParallel(_ShardStyle, torch_style.ParallelStyle):
     """
 
     def combine(self, y: torch.Tensor) -> torch.Tensor:
-        return reduce(y, self.axis)
+        return self._sum(y)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         return self._joined(y, -1)

@@ -22,6 +22,7 @@ from keras_tp.seam.contexts import is_symbolic, on_rows_of
 from keras_tp.seam.layers import Owner, parallelized_part, variables_of, walk_layers
 from keras_tp.seam.trials import position_of, restored
 from keras_tp.seam.variables import local_tensor
+from keras_tp.sequence_calls import SequenceCall
 
 
 def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None) -> Verification:
@@ -55,7 +56,7 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
     )
 
 
-_Planned = ShardCall | GatheredCall | RegionCall
+_Planned = ShardCall | GatheredCall | RegionCall | SequenceCall
 _AROUND = AgreedInputs | RowsCall | WholeRowsCall
 
 
@@ -65,6 +66,13 @@ def _place(layer: Any) -> tuple[Any, str]:
     while isinstance(getattr(holder, name), _AROUND):
         holder, name = getattr(holder, name), "original"
     return holder, name
+
+
+def _original(planned: Any) -> Any:
+    """The call that it has taken the place of, with none around it that has layers share."""
+    call = planned.original
+    within = isinstance(planned, SequenceCall) and isinstance(call, RegionCall)
+    return call.original if within else call
 
 
 class _CheckedCall:
@@ -80,13 +88,13 @@ class _CheckedCall:
             # As if there were no replicas: each compares what it does with its own rows.
             with on_rows_of(None):
                 self.comparison.compare(self._call, args, kwargs)
-            if isinstance(self.planned, RegionCall):
+            if isinstance(self.planned, RegionCall | SequenceCall):
                 # As if its layers handed each other whole activations, so that each is compared.
-                return self.planned.original(*args, **kwargs)
+                return _original(self.planned)(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.planned.original if self.mode.now == "gathered" else self.planned
+        call = _original(self.planned) if self.mode.now == "gathered" else self.planned
         return call(*args, **kwargs)
 
 

@@ -47,6 +47,7 @@ from keras_tp.seam.variables import (
     shard_variable,
     sharding_of,
 )
+from keras_tp.sequence_calls import share_sequence
 from keras_tp.shards import Shards
 from keras_tp.sources import feed_rows
 from keras_tp.state_dicts import show_dtensors
@@ -99,6 +100,8 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
         members = members_along(region.axis, owners, plan.layers)
         members = [m for m in members if m.number in region.members]
         share_region(owners[region.layer].layer, members, Axis.of(mesh, region.axis))
+    if plan.sequence is not None:
+        share_sequence(owners, plan, Axis.of(mesh, plan.sequence.axis))
     for owner, decided_layer in zip(owners, plan.layers, strict=True):
         if decided_layer.rows == "all":
             give_all_rows(owner.layer, False, True)

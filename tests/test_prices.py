@@ -135,6 +135,7 @@ def dense_numbers() -> tuple[Any, Any]:
 
 
 DEMO = {pattern: entry.axes for pattern, entry in demo_layout(1).items()}
+SEQUENCE = "demo, sequence"  # of which norms, dropout and residuals are cut along tokens
 CHOSEN: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[[], Any], str]] = {
     "mlp": (models.dense_stack, models.DENSE_LAYOUT, dense_numbers, "mse"),
     "mlp, rows": (models.dense_stack, {".*kernel": ("model", None)}, dense_numbers, "mse"),
@@ -142,6 +143,7 @@ CHOSEN: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[[], Any], st
     "mlp, over both": (models.dense_stack, BOTH, dense_numbers, "mse"),
     "transformer": (models.transformer, models.TRANSFORMER_LAYOUT, models.transformer_data, "sce"),
     "demo": (demo_model, DEMO, text, "sce"),
+    SEQUENCE: (demo_model, DEMO, text, "sce"),
     "around": (around, AROUND, numbers, "mse"),
 }
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -172,7 +174,9 @@ def both(mesh: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[tuple
         keras.config.set_dtype_policy(policy)
         try:
             model, x, y = compiled(name, optimizer)
-            plan = keras_tp.plan(model, layout_map(CHOSEN[name][1], mesh))
+            made = layout_map(CHOSEN[name][1], mesh)
+            plan = keras_tp.plan(model, made, sequence_parallel=name == SEQUENCE)
+            assert (plan.sequence is not None) == (name == SEQUENCE)
             rank = torch.distributed.get_rank()
             price = planned(plan.cost(model, x, targets=y, rank=rank))
             keras_tp.parallelize(model, plan=plan, check_batches=False)
@@ -194,6 +198,8 @@ ON_TWO = {
         ("transformer", "clipped", F32),
         ("demo", "adam", F32),
         ("demo", "scaled", BF16),
+        (SEQUENCE, "adam", F32),
+        (SEQUENCE, "clipped", BF16),
         ("mlp, rows", "each clipped", BF16),
         ("around", "factored", F32),
     ],
@@ -223,6 +229,7 @@ def test_two_ranks_send_what_is_planned(ranks: Any, axis: str) -> None:
 ON_FOUR = [
     ("mlp, over both", "whole", F32),
     ("transformer", "clipped", F32),
+    (SEQUENCE, "adam", F32),
     ("around", "adam", F32),
 ]
 
@@ -240,30 +247,33 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {"tokens": 96, "width": 32, "heads": 4, "blocks": 2, "rows": 16, "steps": 5}
 
 
-def compared(dropout: float, mesh: dict[str, int], cut: bool) -> list[tuple[str, int, int]]:
+def compared(
+    dropout: float, mesh: dict[str, int], cut: bool, sequence: bool
+) -> list[tuple[str, int, int]]:
     if str(BENCHMARKS) not in sys.path:
         sys.path.append(str(BENCHMARKS))
     import costs
 
     options = argparse.Namespace(**SIZES, dropout=dropout)
-    rows: list[tuple[str, int, int]] = costs.measure(options, mesh, cut)
+    rows: list[tuple[str, int, int]] = costs.measure(options, mesh, cut, sequence)
     return rows
 
 
 @pytest.mark.parametrize(
-    ("mesh", "dropout", "cut"),
+    ("mesh", "dropout", "cut", "sequence"),
     [
-        ({"batch": 1, "model": 2}, 0.0, False),
-        ({"batch": 1, "model": 2}, 0.1, False),
-        ({"batch": 2, "model": 1}, 0.1, True),
+        ({"batch": 1, "model": 2}, 0.0, False, False),
+        ({"batch": 1, "model": 2}, 0.1, False, False),
+        ({"batch": 1, "model": 2}, 0.1, False, True),
+        ({"batch": 2, "model": 1}, 0.1, True, False),
     ],
 )
 def test_memory_is_what_ranks_hold(
-    ranks: Any, mesh: dict[str, int], dropout: float, cut: bool
+    ranks: Any, mesh: dict[str, int], dropout: float, cut: bool, sequence: bool
 ) -> None:
     """Activations of the whole batch, or whole ones where layers hand on shards; scores of
     attention that no kernel keeps; gathered weights forgotten, which are there until backward."""
-    for rows in ranks(2)(compared, dropout, mesh, cut):
+    for rows in ranks(2)(compared, dropout, mesh, cut, sequence):
         found = {name: (planned, measured) for name, planned, measured in rows}
         for name, (planned, measured) in found.items():
             allowed = 0 if "," in name else 0.05

@@ -133,3 +133,33 @@ def test_a_block_costs_what_megatrons_costs(ranks: Any, name: str, size: int) ->
         assert forward == {"all_reduce": 2 * BLOCKS}, plan
         assert backward == {"all_reduce": (2 + CASES[name][2]) * BLOCKS}, plan
         assert step == forward + backward
+
+
+def shared_out(name: str) -> tuple[parity.Report, Counter[str], keras_tp.Plan]:
+    with casts_to_float64(), parity.real_float64():
+        case = parity.Case(lambda: build(name, float64=True), data(name), steps=2)
+        one = parity.train(parity.build_seeded(case.build), case)
+        model = parity.build_seeded(case.build)
+        plan = keras_tp.plan(model, layout_map(name, 2), sequence_parallel=True)
+        report = parity.compare_with(one, case, model, plan)
+        inputs = keras.tree.map_structure(keras.ops.convert_to_tensor, case.data[0])
+        with Collectives() as forward:
+            model(inputs, training=True)
+    return report, forward, plan
+
+
+def test_tokens_are_shared_out_within_a_block(ranks: Any) -> None:
+    """A block that adds up residuals itself, between two regions; a mask beside half its tokens."""
+    for report, forward, plan in ranks(2)(shared_out, "bert"):
+        assert report.worst() < 1e-10, report
+        assert forward == plan.collectives("forward"), str(plan)
+        # Positions and the last layer, which are whole, are given all tokens.
+        assert forward == {"reduce_scatter": 2 * BLOCKS, "all_gather": 2 * BLOCKS + 2}
+
+
+def test_a_decoder_that_makes_its_mask_is_as_it_was() -> None:
+    """A mask of half the tokens that a rank has keys of."""
+    plan = keras_tp.plan(build("llama"), layout_map("llama", 2), sequence_parallel=True)
+    assert plan.sequence is None
+    assert plan.collectives("forward") == {"all_reduce": 2 * BLOCKS}
+    assert any(note.startswith("sequence_parallel has no effect") for note in plan.notes)
