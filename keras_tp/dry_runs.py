@@ -60,6 +60,10 @@ class Numbers:
         return self.kept.setdefault(id(tensor), (tensor, len(self.kept)))[1]
 
 
+# What most functions are given.
+_LEAVES = {torch.Tensor, torch.dtype, torch.device, int, float, bool, str, type(None)}
+
+
 class Run(TorchFunctionMode, ABC):
     """A run that looks away while it is `resting`."""
 
@@ -69,13 +73,16 @@ class Run(TorchFunctionMode, ABC):
 
     def with_values(self, nest: Any) -> Any:
         """`nest` with what is read of Keras's variables in place of them."""
+        kind = type(nest)
+        if kind in _LEAVES:
+            return nest
+        if kind is tuple or kind is list:
+            return kind([self.with_values(entry) for entry in nest])
+        if kind is dict:
+            return {name: self.with_values(entry) for name, entry in nest.items()}
         if isinstance(nest, keras.Variable):
             with self:  # reading may cast, which is to be seen
                 return nest.value
-        if type(nest) in (tuple, list):
-            return type(nest)(self.with_values(entry) for entry in nest)
-        if type(nest) is dict:
-            return {name: self.with_values(entry) for name, entry in nest.items()}
         return nest
 
     def called(self, func: Any, args: Any, kwargs: Any) -> Any:

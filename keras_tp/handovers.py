@@ -8,13 +8,14 @@ settled, what is not may be proven within a layer above.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.tensor import Shard
 
 from keras_tp.computations import Computation, Lookup
 from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
+from keras_tp.recollection import Found, Recollection
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
 from keras_tp.seam.layers import Owner, variables_of
@@ -22,48 +23,6 @@ from keras_tp.seam.rehearsals import rehearse_model
 
 # What an unknown number of rows, and any other unknown size, is taken to be.
 SIZES = (2, 8)
-
-
-@dataclass
-class Found:
-    """What was found in a model.
-
-    Attributes:
-        regions: in the order in which they were found.
-        proofs: of each, what was proven.
-        reasons: for members that are in none, why not, by number.
-        note: what the user should know; empty if nothing.
-    """
-
-    regions: list[Region] = field(default_factory=list)
-    proofs: list[Proof] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    note: str = ""
-
-    def styled(self, number: int, style: StylePlan) -> StylePlan:
-        """A layer's style with what is handed to it and by it."""
-        for region, proof in zip(self.regions, self.proofs, strict=True):
-            if region.axis == style.axis and number in region.members:
-                return replace(style, given=number in proof.taken, kept=number in proof.handed)
-        return style
-
-    def wants_gradient(self, number: int, style: StylePlan) -> bool:
-        """Whether the gradient of what a column layer reads is summed by this layer.
-
-        Where several read the same, the first does it for all. What each slices off for itself
-        has a gradient for each.
-        """
-        if isinstance(style.input, Shard):
-            return True
-        for region, proof in zip(self.regions, self.proofs, strict=True):
-            if region.axis == style.axis and number in region.members:
-                mine = [[n for n in group if n in region.members] for group in proof.readers]
-                return any(group[0] == number for group in mine if group)
-        return True
-
-    def summed(self, variables: Sequence[int]) -> list[tuple[str, int]]:
-        """Axes along which gradients of weights are summed, with the weight."""
-        return [(r.axis, i) for r in self.regions for i in r.summed if i in variables]
 
 
 def candidate(style: StylePlan, computation: Computation | None) -> bool:
@@ -117,8 +76,13 @@ def find_regions(
     cut = frozenset(id(v) for v, p in zip(variables, plans, strict=True) if p.sharded)
     everywhere = {id(v): number for number, v in enumerate(variables)}
     search = _Search(found, owners, along, sizes, cut, everywhere)
+    marks: dict[int, Any] = dict.fromkeys(cut, "cut")
+    for axis, members in along.items():
+        for member in members:
+            marks[id(member.layer)] = (*marks.get(id(member.layer), ()), axis, member.style)
+    recollection = Recollection(owners, found, marks)
     try:
-        look_at_layers(model, owners, search.look_at)
+        look_at_layers(model, owners, search.look_at, recollection.call)
     except Exception as error:
         found.note = (
             f"the model could not be called without values ({shortened(error)}), so that it is not "
@@ -132,13 +96,23 @@ def find_regions(
 Look = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]
 
 
-def look_at_layers(model: Any, owners: Sequence[Owner], look: Look) -> None:
+# Is given a layer, what that was called with, and what calls it and looks at it: what it gives.
+Around = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[[], Any]], Any]
+
+
+def look_at_layers(
+    model: Any,
+    owners: Sequence[Owner],
+    look: Look,
+    around: Around = lambda layer, args, kwargs, looked: looked(),
+) -> None:
     """Calls a model without values, and has each layer above others looked at as it returns.
 
     Args:
         model: a built model, which is as before afterwards.
         owners: its layers.
         look: may call the layer again, which is not looked at.
+        around: may know without a call what a layer gives, and what a look at it would find.
 
     Raises:
         Exception: whatever the model raises, or if what it takes is not known.
@@ -149,15 +123,17 @@ def look_at_layers(model: Any, owners: Sequence[Owner], look: Look) -> None:
         original = layer.call
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal looking
-            result = original(*args, **kwargs)
-            if not looking:
+            def looked() -> Any:
+                nonlocal looking
+                result = original(*args, **kwargs)
                 looking = True
                 try:
                     look(layer, original, args, kwargs)
                 finally:
                     looking = False
-            return result
+                return result
+
+            return original(*args, **kwargs) if looking else around(layer, args, kwargs, looked)
 
         return call
 
@@ -173,34 +149,29 @@ class _Search:
     sizes: dict[str, int]
     cut: frozenset[int]
     everywhere: dict[int, int]  # numbers of variables, by identity
-    settled: set[int] = field(default_factory=set)
-    tried: set[frozenset[int]] = field(default_factory=set)
 
     def look_at(self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Settles what is proven of a call of a layer."""
         for axis, members in self.along.items():
             below, inside = members_below(layer, members)
-            inside = [m for m in inside if m.number not in self.settled]
+            inside = [m for m in inside if m.number not in self.found.settled]
             numbers = frozenset(m.number for m in inside)
-            if not can_pair(inside) or numbers in self.tried:
+            if not can_pair(inside) or not self.found.begin(numbers):
                 continue
-            self.tried.add(numbers)
             proof = prove(Call(below, original, args, kwargs, inside, self.sizes[axis], self.cut))
             self.found.reasons |= dict(proof.refused)
             if proof.taken:
                 self._settle(layer, axis, below, proof)
 
     def _settle(self, layer: Any, axis: str, below: list[Owner], proof: Proof) -> None:
-        members = tuple(sorted(proof.handed | proof.taken))
-        self.settled |= set(members)
         here = variables_of(below)
-        self.found.proofs.append(proof)
-        self.found.regions.append(
+        self.found.add(
             Region(
                 layer=next(i for i, o in enumerate(self.owners) if o.layer is layer),
                 axis=axis,
-                members=members,
+                members=tuple(sorted(proof.handed | proof.taken)),
                 summed=tuple(sorted(self.everywhere[id(here[n])] for n in proof.summed)),
                 divided=tuple((below[n].path, name, value) for n, name, value in proof.divided),
-            )
+            ),
+            proof,
         )
