@@ -86,6 +86,7 @@ SEAM = {
     "seam.rows",
     "seam.saving",
     "seam.sharding",
+    "seam.shortcuts",
     "seam.steps",
     "seam.thrift",
     "seam.trials",
