@@ -1,7 +1,8 @@
 """What takes the place of a layer's `call` once its weights are shards.
 
 Keras's `Layer.__call__` goes on as ever (masks, dtypes, autocast, losses) and
-ends in one of these instead of the class's own `call`. Where Keras only asks
+ends in one of these instead of the class's own `call`; where nothing is to be done on
+the way, it is a short one (`keras_tp.seam.shortcuts`). Where Keras only asks
 for shapes, or computes with values it was handed (`stateless_call`), the class's
 own `call` runs.
 """
@@ -147,17 +148,28 @@ class ShardCall(ABC):
         """The layer's output, replicated, of its replicated input, and what else it is told."""
 
 
+# Of which Keras multiplies matrices as they are, on any device.
+_MULTIPLIED = torch.float32, torch.bfloat16
+
+
 class ContractionCall(ShardCall):
     """`activation(contract(x, kernel) + bias)`."""
 
     computation: Contraction
+    takes_tensor = True  # and nothing else that it would go by
 
     def compute(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         x, layer = inputs, self.layer
         for stage in self.stages:
             x = stage.enter(x)
         kernel, equation = self.read("kernel"), self.computation.equation
-        y = ops.einsum(equation, x, kernel) if equation else ops.matmul(x, kernel)
+        # As Keras computes it, without what finds out that these are tensors of one dtype.
+        if equation and x.dtype.is_floating_point:
+            y = torch.einsum(equation, x, kernel)
+        elif not equation and x.dtype is kernel.dtype and x.dtype in _MULTIPLIED:
+            y = torch.matmul(x, kernel)
+        else:
+            y = ops.einsum(equation, x, kernel) if equation else ops.matmul(x, kernel)
         for stage in self.stages:
             y = stage.combine(y)
         # A bias that is sharded like the output is added to the shard, another to
@@ -167,7 +179,7 @@ class ContractionCall(ShardCall):
             if "bias" not in stage.plan.local:
                 y = stage.leave(y)
         if "bias" in self.weights:
-            y = ops.add(y, self._bias(y))
+            y = torch.add(y, self._bias(y))
         for stage in self.stages:
             if "bias" in stage.plan.local:
                 y = stage.leave(y)

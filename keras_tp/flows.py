@@ -104,13 +104,20 @@ Rule = Callable[[Applied], Sequence[int | None]]
 
 def tensors_in(nest: Any) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists, dicts and slices, in order."""
+    found: list[torch.Tensor] = []
+    _add_tensors(nest, found)
+    return found
+
+
+def _add_tensors(nest: Any, found: list[torch.Tensor]) -> None:
     if isinstance(nest, torch.Tensor):
-        return [nest]
-    if isinstance(nest, tuple | list):
-        return [t for entry in nest for t in tensors_in(entry)]
-    if isinstance(nest, dict):
-        return [t for entry in nest.values() for t in tensors_in(entry)]
-    return []
+        found.append(nest)
+    elif isinstance(nest, (tuple, list)):
+        for entry in nest:
+            _add_tensors(entry, found)
+    elif isinstance(nest, dict):
+        for entry in nest.values():
+            _add_tensors(entry, found)
 
 
 def along(dim: int | None, ndim: int) -> int | None:

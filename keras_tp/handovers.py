@@ -8,7 +8,7 @@ settled, what is not may be proven within a layer above.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.tensor import Shard
@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 from keras_tp.computations import Computation, Lookup
 from keras_tp.heads import Head, Recorder, gives_columns
 from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
+from keras_tp.recollection import Found, Recollection
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
 from keras_tp.seam.layers import Owner, variables_of
@@ -23,54 +24,6 @@ from keras_tp.seam.rehearsals import rehearse_model
 
 # What an unknown number of rows, and any other unknown size, is taken to be.
 SIZES = (2, 8)
-
-
-@dataclass
-class Found:
-    """What was found in a model.
-
-    Attributes:
-        regions: in the order in which they were found.
-        proofs: of each, what was proven.
-        heads: numbers of column layers whose output may stay a shard until the loss.
-        reversed: numbers of tables that are called in reverse, for logits.
-        reasons: for members that are in none, why not, by number.
-        note: what the user should know; empty if nothing.
-    """
-
-    regions: list[Region] = field(default_factory=list)
-    proofs: list[Proof] = field(default_factory=list)
-    heads: frozenset[int] = frozenset()
-    reversed: frozenset[int] = frozenset()
-    reasons: dict[int, str] = field(default_factory=dict)
-    note: str = ""
-
-    def styled(self, number: int, style: StylePlan) -> StylePlan:
-        """A layer's style with what is handed to it and by it."""
-        if number in self.heads and style.name in ("column", "vocabulary"):
-            return replace(style, open=True)
-        for region, proof in zip(self.regions, self.proofs, strict=True):
-            if region.axis == style.axis and number in region.members:
-                return replace(style, given=number in proof.taken, kept=number in proof.handed)
-        return style
-
-    def wants_gradient(self, number: int, style: StylePlan) -> bool:
-        """Whether the gradient of what a column layer reads is summed by this layer.
-
-        Where several read the same, the first does it for all. What each slices off for itself
-        has a gradient for each.
-        """
-        if isinstance(style.input, Shard):
-            return True
-        for region, proof in zip(self.regions, self.proofs, strict=True):
-            if region.axis == style.axis and number in region.members:
-                mine = [[n for n in group if n in region.members] for group in proof.readers]
-                return any(group[0] == number for group in mine if group)
-        return True
-
-    def summed(self, variables: Sequence[int]) -> list[tuple[str, int]]:
-        """Axes along which gradients of weights are summed, with the weight."""
-        return [(r.axis, i) for r in self.regions for i in r.summed if i in variables]
 
 
 def candidate(style: StylePlan, computation: Computation | None) -> bool:
@@ -139,11 +92,32 @@ def find_regions(
     variables = variables_of(owners)
     cut = frozenset(id(v) for v, p in zip(variables, plans, strict=True) if p.sharded)
     everywhere = {id(v): number for number, v in enumerate(variables)}
+    marks: dict[int, Any] = dict.fromkeys(cut, "cut")
+    for axis, members in along.items():
+        for member in members:
+            marks[id(member.layer)] = (*marks.get(id(member.layer), ()), axis, member.style)
+    for head in heads:
+        marks[id(head.layer)] = (*marks.get(id(head.layer), ()), "head", head.style)
+    recollection = Recollection(owners, found, marks)
     recorder = Recorder()
     search = _Search(found, owners, along, sizes, cut, everywhere, recorder)
+
+    def around(layer: Any, args: Any, kwargs: Any, looked: Callable[[], Any]) -> Any:
+        called = False
+
+        def look() -> Any:
+            nonlocal called
+            called = True
+            return looked()
+
+        result = recollection.call(layer, args, kwargs, look)
+        if not called:
+            recorder.take((args, kwargs))
+        return result
+
     try:
         with recorder:
-            look_at_layers(model, owners, search.look_at, recorder.calls_of(heads))
+            look_at_layers(model, owners, search.look_at, recorder.calls_of(heads), around)
         found.heads = recorder.heads(search.result, sizes)
         found.reversed = frozenset(recorder.reversed)
     except Exception as error:
@@ -159,11 +133,16 @@ def find_regions(
 Look = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
+# Is given a layer, what that was called with, and what calls it and looks at it: what it gives.
+Around = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[[], Any]], Any]
+
+
 def look_at_layers(
     model: Any,
     owners: Sequence[Owner],
     look: Look,
     calls: Iterable[tuple[Any, Callable[..., Any]]] = (),
+    around: Around = lambda layer, args, kwargs, looked: looked(),
 ) -> None:
     """Calls a model without values, and has each layer above others looked at as it returns.
 
@@ -172,6 +151,7 @@ def look_at_layers(
         owners: its layers.
         look: may call the layer again, which is not looked at.
         calls: layers, and what is called in place of their `call`.
+        around: may know without a call what a layer gives, and what a look at it would find.
 
     Raises:
         Exception: whatever the model raises, or if what it takes is not known.
@@ -182,15 +162,17 @@ def look_at_layers(
         original = layer.call
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal looking
-            result = original(*args, **kwargs)
-            if not looking:
+            def looked() -> Any:
+                nonlocal looking
+                result = original(*args, **kwargs)
                 looking = True
                 try:
                     look(layer, original, args, kwargs, result)
                 finally:
                     looking = False
-            return result
+                return result
+
+            return original(*args, **kwargs) if looking else around(layer, args, kwargs, looked)
 
         return call
 
@@ -208,8 +190,6 @@ class _Search:
     everywhere: dict[int, int]  # numbers of variables, by identity
     recorder: Recorder
     result: Any = None  # what the model gave
-    settled: set[int] = field(default_factory=set)
-    tried: set[frozenset[int]] = field(default_factory=set)
 
     def look_at(
         self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any, result: Any
@@ -219,11 +199,10 @@ class _Search:
             self.result = result
         for axis, members in self.along.items():
             below, inside = members_below(layer, members)
-            inside = [m for m in inside if m.number not in self.settled]
+            inside = [m for m in inside if m.number not in self.found.settled]
             numbers = frozenset(m.number for m in inside)
-            if not can_pair(inside) or numbers in self.tried:
+            if not can_pair(inside) or not self.found.begin(numbers):
                 continue
-            self.tried.add(numbers)
             call = Call(below, original, args, kwargs, inside, self.sizes[axis], self.cut)
             with self.recorder.resting():
                 proof = prove(call)
@@ -232,17 +211,15 @@ class _Search:
                 self._settle(layer, axis, below, proof)
 
     def _settle(self, layer: Any, axis: str, below: list[Owner], proof: Proof) -> None:
-        members = tuple(sorted(proof.handed | proof.taken))
-        self.settled |= set(members)
-        self.recorder.forget(members)
+        self.recorder.forget(proof.handed | proof.taken)
         here = variables_of(below)
-        self.found.proofs.append(proof)
-        self.found.regions.append(
+        self.found.add(
             Region(
                 layer=next(i for i, o in enumerate(self.owners) if o.layer is layer),
                 axis=axis,
-                members=members,
+                members=tuple(sorted(proof.handed | proof.taken)),
                 summed=tuple(sorted(self.everywhere[id(here[n])] for n in proof.summed)),
                 divided=tuple((below[n].path, name, value) for n, name, value in proof.divided),
-            )
+            ),
+            proof,
         )

@@ -96,6 +96,11 @@ class Recorder(TorchFunctionMode):
             self._origins |= {id(t): origins for t in out}
         return result
 
+    def take(self, nest: Any) -> None:
+        """What is in it is taken by code that is not called."""
+        for tensor in tensors_in(nest):
+            self._taken |= self._origins.get(id(tensor), frozenset())
+
     def calls_of(self, heads: Iterable[Head]) -> list[tuple[Any, Callable[..., torch.Tensor]]]:
         """Layers, and what is to be called in place of their `call`: of that a record begins."""
         return [(head.layer, self._call_of(head)) for head in heads]
@@ -109,7 +114,7 @@ class Recorder(TorchFunctionMode):
             with self.resting():
                 y = bare(inputs, *args, **kwargs)
             if not self._resting:
-                self._taken |= self._origins.get(id(inputs), frozenset())
+                self.take(inputs)
                 if not looks_up or is_reverse(args, kwargs):
                     self._begin(head, y)
             return y if activation is None else activation(y)

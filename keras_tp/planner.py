@@ -11,7 +11,7 @@ import keras
 
 from keras_tp.computations import Computation
 from keras_tp.errors import LayoutError, LayoutWarning
-from keras_tp.handovers import Found, find_regions
+from keras_tp.handovers import find_regions
 from keras_tp.layouts import MeshShape
 from keras_tp.optimizers import price_of
 from keras_tp.patterns import match_paths
@@ -27,6 +27,7 @@ from keras_tp.problems import (
     wrong_layouts,
 )
 from keras_tp.reasons import reason_of
+from keras_tp.recollection import Found
 from keras_tp.rules import (
     Weight,
     collectives_of,

@@ -23,12 +23,6 @@ from keras_tp.flows import (
 )
 from keras_tp.layouts import Shape
 
-# What only looks at a tensor: numbers made of sizes are compared where they are used.
-LOOKING = {
-    *("__get__", "size", "dim", "numel", "nelement", "stride", "__len__", "ndimension"),
-    *("is_floating_point", "is_complex", "is_contiguous", "get_device", "element_size"),
-}
-
 
 class Local(Run):
     """The run on one rank's shards; see the module.
@@ -117,8 +111,7 @@ class Local(Run):
         except Exception as error:  # what cannot be done on shards is done on the whole
             failure, result, out = error, None, []
         if not out and failure is None:
-            looking = name_of(func) in LOOKING
-            local = [] if looking else [f for f in map(self.flow_of, given) if f.local]
+            local = [flow for flow in map(self.flow_of, given) if flow.local]
             if local:
                 self.refuse(local, f"{name_of(func)} cannot be followed")
             return result

@@ -35,6 +35,7 @@ from keras_tp.seam.layers import (
     walk_layers,
 )
 from keras_tp.seam.rows import hook_random, hook_remat, share_statistics
+from keras_tp.seam.shortcuts import hook_calls
 from keras_tp.seam.steps import mark_steps
 from keras_tp.seam.trials import try_before_compiling
 from keras_tp.seam.updates import hook_optimizers
@@ -72,6 +73,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
 
     mesh = torch_mesh(plan.mesh)
     hook_layers()
+    hook_calls()
     hook_optimizers()
     hook_adam()
     hook_dropout()

@@ -27,6 +27,8 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
 - `Layer._layers`, `_trainable_variables`, `_non_trainable_variables` and
   `_seed_generators` are what a layer owns; an instance's `call` takes the place
   of its class's, its `compute_loss` sees what a step is fed.
+- What `Layer.__call__` does before and after a `call` is told in `shortcuts.py`, which does
+  without where it comes to nothing; what of a layer its `call` can go by in `likeness.py`.
 - `Layer._losses`, `_loss_ids` and `_metrics` are what a call adds to, and a tensor's
   `_keras_mask` what it is given besides; trial calls put them back.
 - A `Node` of a functional graph (`_operations`, `_inbound_nodes`) holds its constants.
