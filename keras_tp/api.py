@@ -13,10 +13,12 @@ disable      and has it stop
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from keras_tp.advice import better_layout
 from keras_tp.application import DistributionWork
 from keras_tp.automatic import make_layout_map
 from keras_tp.backend import require_torch
@@ -40,6 +42,7 @@ def plan(
     strict: bool = False,
     batch_axis: str | None = "batch",
     sequence_parallel: bool = False,
+    advise: bool = True,
 ) -> Plan:
     """Decides how `model` will be sharded, without touching it.
 
@@ -58,6 +61,8 @@ def plan(
             weights (Korthikanti et al. 2022), wherever that is proven to be the same. An
             all_reduce becomes a reduce_scatter and an all_gather: activations take less
             memory, and as much is sent. The notes of the plan say where it could not be proven.
+        advise: where layers gather or slice what they could hand each other as shards, look for
+            a layout of them with which they send less, and name it in a note.
 
     Raises:
         LayoutError: every problem of the layout map at once: wrong numbers of
@@ -72,13 +77,15 @@ def plan(
         >>> print(keras_tp.plan(model, layout_map))
     """
     require_torch()
-    return make_plan(
+    made = make_plan(
         model,
         layout_map,
         strict=strict,
         batch_axis=batch_axis,
         sequence_parallel=sequence_parallel,
     )
+    better = better_layout(made, model, layout_map.device_mesh, batch_axis) if advise else ""
+    return replace(made, notes=(*made.notes, better)) if better else made
 
 
 def auto_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> Proposal:

@@ -23,6 +23,7 @@ MODULES = {
 
 DECIDE = {
     "addresses",
+    "advice",
     "automatic",
     "blocks",
     "candidates",

@@ -84,7 +84,7 @@ def measure(name: str, mesh: str, alone: bool) -> list[Cell]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", keras_tp.LayoutWarning)
                 try:
-                    plan = keras_tp.plan(model, parity.layout_map(layout, axes))
+                    plan = keras_tp.plan(model, parity.layout_map(layout, axes), advise=False)
                 except keras_tp.LayoutError as error:
                     cells.append(Cell(weight, what, "refused", 0.0, str(error)))
                     continue
