@@ -131,7 +131,6 @@ class CrossEntropy(torch.autograd.Function):
         within = (target >= 0) & (target < count * meeting.parts)
         check_range("cross_entropy", target, within | ~kept)
         mine, at = mine_of(target, start, count)
-        mine &= kept
         shifted = part - meeting.highest(part.amax(dim, keepdim=True))
         own = shifted.gather(dim, at.unsqueeze(dim)).squeeze(dim).masked_fill(~mine, 0)
         powers = shifted.exp_()

@@ -3,8 +3,8 @@
 `test_losses` and `test_metrics` have every loss and metric of Keras computed on them. Seen to
 fail: `check_range` doing nothing (labels), `start` being 0, `Softmax.backward` without its sum
 over the ranks, `_fitting` giving a whole tensor that a gradient is wanted of as it is ("times a
-weight"), writes computed on the part ("written into"), `whole` gathering without a graph,
-`stepping` on while rows are proven.
+weight"), writes computed on the part ("written into"), `whole` gathering without a graph, steps
+of the user's marked as Keras's, and `Recorder.take` doing nothing.
 """
 
 from __future__ import annotations
@@ -361,3 +361,5 @@ def test_which_layers_are_heads() -> None:
     assert open_layers(lambda head, x: layers.Dense(3)(head(x)), fewest) == []
     both = lambda head, x: (y := head(x), layers.Dense(3)(y))  # noqa: E731
     assert open_layers(both, fewest) == []
+    again = lambda head, x: (y := head(x), layers.Dense(fewest, name="head_2")(y))  # noqa: E731
+    assert open_layers(again, fewest) == ["head_2"]
