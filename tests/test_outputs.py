@@ -4,7 +4,7 @@
 fail: `check_range` doing nothing (labels), `start` being 0, `Softmax.backward` without its sum
 over the ranks, `_fitting` giving a whole tensor that a gradient is wanted of as it is ("times a
 weight"), writes computed on the part ("written into"), `whole` gathering without a graph, steps
-of the user's marked as Keras's, and `Recorder.take` doing nothing.
+of the user's marked as Keras's, `Recorder.take` doing nothing, and tables that say no mask.
 """
 
 from __future__ import annotations
@@ -181,13 +181,23 @@ def with_dense(tie: bool = False) -> Any:
     return keras.Model(tokens, layers.Dense(12, name="head")(x))
 
 
+class Halved(layers.Layer):
+    """What is masked, halved."""
+
+    supports_masking = True
+
+    def call(self, x: Any, mask: Any = None) -> Any:
+        return x if mask is None else x * (1 + keras.ops.cast(mask, x.dtype))[..., None] / 2
+
+
 def tied(tie: bool = True) -> Any:
     """The same, whose head is its table of words."""
     tokens = keras.Input((6,), dtype="int32")
     table = layers.ReversibleEmbedding(
         12, 6, tie_weights=tie, mask_zero=True, logit_soft_cap=3.0, name="words"
     )
-    x = layers.Dense(6, "tanh", name="down")(layers.Dense(8, "tanh", name="up")(table(tokens)))
+    x = layers.Dense(8, "tanh", name="up")(Halved()(table(tokens)))
+    x = layers.Dense(6, "tanh", name="down")(x)
     return keras.Model(tokens, table(x, reverse=True))
 
 
