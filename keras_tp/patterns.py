@@ -53,10 +53,11 @@ def match_paths(patterns: Sequence[Any], paths: Sequence[str]) -> Claims:
     claims = Claims()
     matchers: dict[str, Callable[[str], Any]] = {}
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            claims.problems.append(f"pattern {pattern!r} is not a string.")
+            continue
         try:
             regex = re.compile(pattern)
-        except TypeError:
-            claims.problems.append(f"pattern {pattern!r} is not a string.")
         except re.error as error:
             claims.problems.append(f"pattern {pattern!r} is not a valid regex: {error}.")
         else:

@@ -134,7 +134,7 @@ SETTINGS: dict[str, Any] = {
 @ANY
 def test_any_layout_map(spec: Any, layout_map: Any, batch_axis: str | None, strict: bool) -> None:
     """Another error than LayoutError, which says nothing of what to do; a pattern that takes for
-    ever: `(.*)*x` hung until matching had a limit. Seen to fail without `_at_most`."""
+    ever: `(.*)*x` hung until matching had a limit, and b"" was a TypeError."""
     examined(build(*spec), layout_map, batch_axis, strict)
 
 
@@ -150,7 +150,10 @@ def test_thousands_of_layout_maps(
 
 @pytest.mark.parametrize("pattern", EVIL)
 def test_patterns_that_backtrack(pattern: str) -> None:
-    """Those that try all ways to share out a long path, and would until the sun is cold."""
+    """Those that try all ways to share out a long path, and would until the sun is cold.
+
+    Seen to hang without `_at_most`.
+    """
     keras.utils.clear_session(free_memory=False)
     name = "a" * 60
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4, name=name)])
