@@ -1,7 +1,7 @@
 """Where activations go over from whole to shards of the sequence and back: as layers are called.
 
 A gate stands around a layer's call. What it does to each tensor that goes in or comes out was
-found by a proof (`keras_tp.sequences`), and is done in that order (`keras_tp.conversions`
+found by a proof (`keras_tp.sequences`), and is done in that order (`keras_tp.sequence_calls`
 with values, `keras_tp.dry_sequences` without).
 """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,13 @@ MESHES: dict[str, dict[str, int]] = {
     "batch=2 x model=2": {"batch": 2, "model": 2},
 }
 
-# On four ranks, which take longest on a small machine, `make test` shards all weights at once
-# and no weight alone: what a dim does is seen on two ranks, what four add (ranks without a row,
-# chunks of three sizes, two axes) shows in any layout. But layers that compute on their shards
-# do so along one axis and gather along the other in their own way: each of their dims is looked at.
+# On four ranks, which take longest on a small machine, `make test` shards all weights at once, in
+# one of three ways, and no weight alone: what a dim does is seen on two ranks, what four add (ranks
+# without a row, chunks of three sizes, two axes) shows in any layout. But layers that compute on
+# their shards do so along one axis and gather along the other in their own way: of them all ways
+# are looked at, and on two axes each of their dims.
 SHARDING = re.compile(
-    r"Dense(, (softmax|.*units))?|EinsumDense .*|Embedding, mask_zero|(Multi|Group)\w+"
+    r"Dense(, (softmax|.*units))?|EinsumDense .*|(Reversible)?Embedding, [mu].*|(Multi|Group)\w+"
 )
 
 
@@ -31,12 +33,30 @@ def alone_on(name: str, mesh: str) -> bool:
     return mesh != "model=4"
 
 
+WAYS = ("first", "last", "mixed")
+
+
+def ways_on(name: str, mesh: str) -> tuple[str, ...]:
+    """In which ways `make test` shards all weights of a layer at once on a mesh."""
+    if mesh == "model=2" or SHARDING.fullmatch(name) is not None:
+        return WAYS
+    return (WAYS[zlib.crc32(f"{name} {mesh}".encode()) % len(WAYS)],)
+
+
+def looked_at(row: list[str], ways: Sequence[str]) -> list[str]:
+    """A row of the page, of *all* what is sharded in these ways."""
+    if row[0] != "all":
+        return row
+    entries = dict(zip(WAYS, row[1].split(" · "), strict=True))
+    return [row[0], " · ".join(entries[way] for way in ways), row[2]]
+
+
 HEAD = """\
 # Every dim of every weight
 
 Written by `make layers`; `make test` fails where a word of it is no longer true. (Of `model=4` it
 looks at the rows *all*, of `batch=2 x model=2` as well, but for `Dense`, `EinsumDense`, `Embedding`
-and attention.)
+and attention; of other layers there at one of the three ways of *all*.)
 
 A row is a weight of a layer, a column a mesh. An entry stands for one training: the weight's dims
 one after another, each sharded alone (on `batch=2 x model=2` that dim along `model` and the next
