@@ -25,7 +25,7 @@ layers: .venv/test
 	$(BIN)/python -m pytest tests/test_layers.py --write-layers
 
 test-hub: .venv/hub
-	$(BIN)/python -m pytest tests/hub
+	$(BIN)/python -m pytest -n 0 tests/hub
 
 test-jax: .venv/jax
 	$(BIN)/python -m pytest -n 0 -m slow tests/test_jax.py  # -n 0: JAX runs once

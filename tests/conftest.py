@@ -1,14 +1,14 @@
 """Fixtures: pools of real ranks, a fake group of virtual ones.
 
-What a file has done on real ranks is done on one xdist worker, one after another. Each worker keeps
-a pool of each size; one that waits for its ranks' messages leaves the cores to the other. The rest
-runs where there is room.
+Tests of real ranks run in two groups, each on one xdist worker and one after another: the matrix
+of layers, and all others. So there are two pools of each size at most; a pool that waits for its
+ranks' messages leaves the cores to the other. The rest runs where there is room. (Dealt out by file,
+two pools of four ranks were at work for longer, and all took longer.)
 """
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,16 +30,10 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Has what a file does on ranks be done by one worker, which keeps its ranks for other files.
-
-    KerasHub's models are the same few files for long: they are dealt out by name.
-    """
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
-            group = item.path.stem
-            if item.path.parent.name == "hub":
-                group = f"hub {zlib.crc32(item.name.encode()) % 2}"
-            item.add_marker(pytest.mark.xdist_group(group))
+            alone = item.path.stem == "test_layers"
+            item.add_marker(pytest.mark.xdist_group("layers" if alone else "ranks"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

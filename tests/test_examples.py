@@ -83,7 +83,7 @@ def check(printed: str, ranks: int) -> None:
     assert "predict gives every process all outputs: (500, 8)" in printed
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_script_for_keras_distribution_trains_as_one_process_does(
     tmp_path: Path, ranks: int
 ) -> None:
