@@ -2,8 +2,8 @@
 
 Tests of real ranks run in two groups, each on one xdist worker and one after another: the matrix
 of layers, and all others. So there are two pools of each size at most; a pool that waits for its
-ranks' messages leaves the cores to the other. The rest runs where there is room. (Dealt out by file,
-two pools of four ranks were at work for longer, and all took longer.)
+ranks' messages leaves the cores to the other. The rest runs where there is room. (Dealt out by
+file, two pools of four ranks were at work for longer, and all took longer.)
 """
 
 from __future__ import annotations

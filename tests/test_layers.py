@@ -121,6 +121,8 @@ def test_every_dim_of_every_weight(
     writing = request.config.getoption("--write-layers")
     alone = writing or alone_on(name, mesh)
     ways = WAYS if writing else ways_on(name, mesh)
+    if not ways:
+        pytest.skip("looked at by `make layers`")
     ask = ranks(math.prod(MESHES[mesh].values()))
     answers = ask(measure, name, mesh, alone, ways, timeout=300.0)
     for cells in answers:
