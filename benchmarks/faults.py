@@ -4,8 +4,9 @@
 
 A job trains with dropout, Adam, shuffled data and a `ShardedCheckpoint` written beside it. Its
 ranks tell when a step, a save or a restore begins; one of these is drawn, and so is a moment
-within it, at which a rank gets SIGKILL (or all of them do). The others are ended as `torchrun` ends
-them, and the job begins anew, until it comes to its end. Then its weights and slots must be
+within it, at which a rank gets SIGKILL (or all of them do), or SIGSTOP. The others of one that is
+killed are ended as `torchrun` ends them; those of one that is stopped must end by themselves, and
+say which it was. The job begins anew, until it comes to its end. Then its weights and slots must be
 those of the undisturbed job, to the bit, on every rank; and after each death every folder that is
 called a checkpoint must be whole. Ranks are forked, for what they import takes longer than they.
 """
@@ -44,13 +45,20 @@ from keras_tp.tables import plain_table, render
 
 RANKS, EPOCHS, EVERY = 2, 3, 2
 PHASES = ("step", "save", "restore")
-FAULTS = ("one rank killed", "all ranks killed", "one killed, newest file cut off")
+FAULTS = (
+    "one rank killed",
+    "one rank stopped",
+    "all ranks killed",
+    "one killed, newest file cut off",
+)
 LIMIT = 300.0  # seconds for one life of a job
+PATIENCE = 5.0  # that ranks wait for one that does not come
 
 
 def work(rank: int, folder: Path, life: int, tell: Callable[[str], None]) -> None:
     """What a rank does, from its beginning or from the newest checkpoint."""
     numbers_of_this_machine()
+    os.environ["KERAS_TP_TIMEOUT"] = str(PATIENCE)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet{life}", rank=rank, world_size=RANKS
     )
@@ -200,6 +208,8 @@ def trial(
         resumed |= life.times(0, "restore") > 0
         died += any(os.WIFSIGNALED(s) and os.WTERMSIG(s) == signal.SIGKILL for s in statuses)
         _check_checkpoints(folder / "run", spoilt)
+        if "stopped" in fault and number + 1 == len(deaths):
+            _check_told(folder, number, statuses)
         if not any(statuses):
             return _distance(folder), died, resumed
         if number >= len(deaths):
@@ -220,6 +230,11 @@ def _kill(
     }
     life.listen(lambda: life.times(victim, phase) >= number[phase])
     time.sleep(draw.uniform(0, lasting.get(phase, lasting["save"])))
+    if "stopped" in fault:
+        os.kill(life.pids[victim], signal.SIGSTOP)
+        life.listen(lambda: _ended(life, victim))
+        os.kill(life.pids[victim], signal.SIGKILL)
+        return
     everyone = fault.startswith("all")
     for rank, pid in enumerate(life.pids):
         if everyone or rank == victim:
@@ -229,6 +244,19 @@ def _kill(
         for rank, pid in enumerate(life.pids):
             if rank != victim:
                 os.kill(pid, signal.SIGTERM)
+
+
+def _check_told(folder: Path, number: int, statuses: list[int]) -> None:
+    told = "".join((folder / f"log{number}.{rank}").read_text() for rank in range(RANKS))
+    ended = any(os.WIFEXITED(status) and os.WEXITSTATUS(status) for status in statuses)
+    if ended and "gives no sign of life: stopped" not in told:
+        raise RuntimeError("nobody said which rank was stopped:\n" + _logs(folder))
+
+
+def _ended(life: Life, victim: int) -> bool:
+    """Whether all but the one that is stopped have."""
+    others = [pid for rank, pid in enumerate(life.pids) if rank != victim]
+    return all(os.waitid(os.P_PID, p, os.WEXITED | os.WNOHANG | os.WNOWAIT) for p in others)
 
 
 def _check_checkpoints(directory: Path, spoilt: int | None) -> None:

@@ -15,7 +15,8 @@ from keras_tp.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from keras_tp.checks import LayerCheck, Verification
 from keras_tp.data import DataSharder
 from keras_tp.errors import CheckpointError, LayoutError, LayoutWarning
-from keras_tp.mesh import device_mesh, initialize
+from keras_tp.job import initialize
+from keras_tp.mesh import device_mesh
 from keras_tp.plans import LayerPlan, Plan, VariablePlan
 from keras_tp.prices import Cost
 from keras_tp.proposals import Proposal

@@ -23,6 +23,7 @@ from keras_tp.messages import all_equal, gather_numbers
 from keras_tp.plans import Plan
 from keras_tp.rows import Rows
 from keras_tp.seam.contexts import current_replicas, is_symbolic
+from keras_tp.version import __version__
 
 
 def check_plans(plan: Plan, optimizer: Any, others: list[str]) -> None:
@@ -34,12 +35,24 @@ def check_plans(plan: Plan, optimizer: Any, others: list[str]) -> None:
         others: what else must be the same: the layout that each variable was made
             with, if with one, and what the ranks will compare later.
     """
-    lines = [f"mesh {plan.mesh}", *map(str, plan.variables), *map(str, plan.layers), *others]
+    versions = f"Keras {keras.__version__}, torch {torch.__version__}, keras_tp {__version__}"
+    lines = [
+        versions,
+        f"mesh {plan.mesh}",
+        *map(str, plan.variables),
+        *map(str, plan.layers),
+        *others,
+    ]
     built = getattr(optimizer, "built", False)
     lines.append(f"{type(optimizer).__name__}, {'with' if built else 'without'} slots")
     different = first_difference(lines)
     if different is not None:
         first, rank, other = different
+        if first == versions or other == versions:
+            raise LayoutError(
+                f"rank 0 runs {first} where rank {rank} runs {other}. Install the same everywhere.",
+                where="this job: its ranks disagree",
+            )
         raise LayoutError(
             f"rank 0 plans\n       {first}\n     where rank {rank} plans\n       {other}\n     "
             "Every rank must build the same model, with the same names, and use the same layout "
@@ -74,7 +87,8 @@ class AgreedBatches:
         leaves = [leaf for leaf in keras.tree.flatten(batch) if _is_array(leaf)]
         # Rows that replicas have read were compared as they were read (`AgreedParts`).
         whole = [leaf for leaf in leaves if not isinstance(leaf, Rows)]
-        different = first_difference([fingerprint(leaf) for leaf in whole])
+        purpose = f"{self.what} {'to train with' if torch.is_grad_enabled() else 'to look at'}"
+        different = first_difference([purpose, *map(fingerprint, whole)])
         if different is not None:
             first, rank, other = different
             raise ValueError(

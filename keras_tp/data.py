@@ -11,8 +11,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from keras_tp.errors import LayoutError
+from keras_tp.job import job_rank
 from keras_tp.layouts import MeshShape, row_bounds
-from keras_tp.mesh import job_rank
 
 
 class DataSharder:

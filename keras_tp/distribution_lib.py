@@ -26,9 +26,10 @@ from torch.distributed.tensor.placement_types import Placement
 from keras_tp.addresses import read_job
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
+from keras_tp.job import initialize as join_launched
+from keras_tp.job import job_rank, job_size, join, launched
 from keras_tp.layouts import MeshShape, layout_problems, placements_of
-from keras_tp.mesh import check_ranks, device_kind, job_rank, job_size, join, launched, torch_mesh
-from keras_tp.mesh import initialize as join_launched
+from keras_tp.mesh import check_ranks, device_kind, torch_mesh
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
 from keras_tp.seam.contexts import is_symbolic
@@ -90,8 +91,7 @@ def initialize(
     else:
         address, size, rank = job.complete()
         local_rank = int(os.environ.get("LOCAL_RANK", job.local_rank))
-        meeting = f"tcp://{address}"
-        join(None, None, local_rank, init_method=meeting, world_size=size, rank=rank)
+        join(None, None, local_rank, address, rank, size)
     share_random_state()
 
 

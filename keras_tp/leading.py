@@ -9,6 +9,7 @@ announces each gather, and its end, good or bad, and so nobody is left waiting.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from keras_tp.messages import anywhere, broadcast_object, control_device
 from keras_tp.seam.contexts import current_leader, led_by
 from keras_tp.seam.distribution import distribution_of, is_installed
 from keras_tp.seam.layers import calling, is_part, variables_of, walk_layers
+from keras_tp.seam.saving import load_alone
 from keras_tp.seam.variables import local_tensor, sharding_of
 from keras_tp.seam.weights import version_of
 
@@ -111,7 +113,7 @@ class Leader:
     def announce_read(self, variable: Any) -> None:
         """Has the others take part in a gather of `variable`. One small broadcast."""
         if not self.numbers:
-            self.numbers = {id(v): number for number, v in enumerate(_sharded(self.model))}
+            self.numbers = {id(v): number for number, v in enumerate(sharded_variables(self.model))}
         if id(variable) not in self.numbers:
             raise LayoutError(
                 f"it reads '{variable.path}', which is sharded, and no part of '{self.model.name}' "
@@ -130,21 +132,31 @@ class Leader:
         self.loaded = True
         _say(_LOAD)
         broadcast_object((path, options))
-        failure = None
         with led_by(None):  # every rank does the same now
-            try:
-                load()
-            except Exception as error:
-                failure = error
-        failures = _gather_failures(failure)
-        if failure is not None:
-            raise failure
-        if failures:
-            rank, message = failures[0]
-            raise OSError(
-                f"rank {rank} cannot load '{path}', which the first rank can ({message}). Keep it "
-                "where every rank can read it."
-            )
+            load_everywhere(path, load)
+
+
+def load_everywhere(path: Any, load: Callable[[], None]) -> None:
+    """Has every rank load the file `path` by `load`, which does not communicate. Collective.
+
+    Raises:
+        Exception: what `load` raises here.
+        OSError: another rank cannot load what this one can.
+    """
+    failure = None
+    try:
+        load()
+    except Exception as error:
+        failure = error
+    failures = _gather_failures(failure)
+    if failure is not None:
+        raise failure
+    if failures:
+        rank, message = failures[0]
+        raise OSError(
+            f"rank {rank} cannot load '{path}', which rank {dist.get_rank()} can ({message}). Keep "
+            "it where every rank can read it."
+        )
 
 
 def _follow(model: Any) -> None:
@@ -153,17 +165,13 @@ def _follow(model: Any) -> None:
     while True:
         kind, number = _hear()
         if kind == _READ:
-            variables = variables or _sharded(model)
+            variables = variables or sharded_variables(model)
             shard = local_tensor(variables[number]).detach()
             sharding_of(variables[number]).full(shard)  # type: ignore[union-attr]
         elif kind == _LOAD:
             path, options = broadcast_object(None)
-            failure = None
-            try:
-                model.load_weights(path, **options)
-            except Exception as error:
-                failure = error  # which the first rank raises, to all
-            _gather_failures(failure)
+            with contextlib.suppress(Exception):  # which the first rank raises, to all
+                load_everywhere(path, functools.partial(load_alone, model, path, **options))
         elif kind == _FAILED:
             raise broadcast_object(None)
         else:
@@ -177,7 +185,8 @@ def _variables(model: Any) -> list[Any]:
     return list({id(v): v for v in (*variables_of(walk_layers(model)), *slots)}.values())
 
 
-def _sharded(model: Any) -> list[Any]:
+def sharded_variables(model: Any) -> list[Any]:
+    """Those of `model` and its optimizer that are shards, in the same order on every rank."""
     return [v for v in _variables(model) if sharding_of(v) is not None]
 
 

@@ -1,14 +1,10 @@
-"""The job's ranks: process group, Keras device meshes and the torch meshes behind them."""
+"""Meshes of the job's ranks: Keras device meshes and the torch meshes behind them."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import math
 import operator
-import os
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import keras
@@ -17,120 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from keras_tp.errors import LayoutError
+from keras_tp.job import device_type, job_rank, job_size, leave_at_exit, let_go_at_exit
 from keras_tp.layouts import MeshShape
-
-
-def initialize(backend: str | None = None, *, timeout: timedelta | None = None) -> None:
-    """Joins the ranks of the job into a process group.
-
-    Under `torchrun` the group spans the ranks it started; without it this
-    process becomes a job of one rank. A second call, or one after
-    `torch.distributed.init_process_group`, does nothing.
-
-    Call it first in a script that runs on GPUs: it also picks this rank's GPU
-    (`LOCAL_RANK`), and Keras creates weights on the GPU that is current.
-
-    Args:
-        backend: `"gloo"` or `"nccl"`; by default nccl if Keras computes on CUDA
-            (see `KERAS_TORCH_DEVICE`), gloo otherwise.
-        timeout: how long a collective may wait for a rank that does not come;
-            torch's default is 30 minutes for gloo, 10 for nccl.
-
-    Raises:
-        LayoutError: more ranks than GPUs on this host, and no backend given.
-    """
-    if dist.is_initialized():
-        return
-    how: dict[str, Any] = {}
-    if not launched():
-        how.update(store=dist.HashStore(), rank=0, world_size=1)
-    elif restarted_here():
-        how.update(store=_store_of_this_life(), rank=job_rank(), world_size=job_size())
-    join(backend, timeout, int(os.environ.get("LOCAL_RANK", 0)), **how)
-
-
-def launched() -> bool:
-    """Whether `torchrun`, or what sets the same environment, started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def restarted_here() -> bool:
-    """Whether `torchrun` started this process in place of one that failed, all on one host.
-
-    It keeps the store in which ranks tell each other their addresses, with those of ranks that
-    are gone (pytorch issue 135712): one that comes early tries to meet the dead. On several
-    hosts, whose counts of restarts may differ, its own way out is to be set where it is started:
-    `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`.
-    """
-    told = os.environ.get
-    return (
-        told("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        and told("GROUP_WORLD_SIZE") == "1"
-        and told("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    )
-
-
-def _store_of_this_life() -> dist.Store:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, job_size(), is_master=False)
-    return dist.PrefixStore(f"life{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def join(backend: str | None, timeout: timedelta | None, local_rank: int, **how: Any) -> None:
-    """Joins the process group and picks a GPU; see `initialize`.
-
-    Args:
-        backend: as for `initialize`.
-        timeout: as for `initialize`.
-        local_rank: which of the ranks on this host this process is.
-        how: where the ranks meet, for `init_process_group`; else the environment says it.
-    """
-    on_cuda = device_type() == "cuda"
-    if on_cuda:
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus and backend is None:
-            raise LayoutError(
-                f"rank {how.get('rank', job_rank())} is number {local_rank} on a host of {gpus} "
-                "GPUs, counting from 0. Start as many ranks as GPUs, or let them share with "
-                "backend='gloo'.",
-                where="this job",
-            )
-        torch.cuda.set_device(local_rank % gpus)
-    if timeout is not None:
-        how["timeout"] = timeout
-    dist.init_process_group(backend or ("nccl" if on_cuda else "gloo"), **how)
-    _leave_at_exit()
-
-
-def job_rank() -> int:
-    """This process's rank in the job, before and after `initialize`."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-def job_size() -> int:
-    """Number of ranks in the job, before and after `initialize`."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-
-
-@functools.cache
-def _leave_at_exit() -> None:
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    # The worker threads of a gloo group must end before the interpreter does: one
-    # that still lets go of a tensor then finds no interpreter, and aborts a job
-    # that was done. They end with the last reference to their group, and the
-    # meshes here are to hold the only ones.
-    _MESHES.clear()
-    _ASIDE.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def device_type() -> str:
-    """`"cuda"` or `"cpu"`: where Keras puts tensors."""
-    return keras.ops.convert_to_tensor(0).device.type
 
 
 def device_kind() -> str:
@@ -193,6 +77,7 @@ def _whole_number(size: Any) -> int:
 # another makes a new one leaves the job waiting. A mesh does not outlive the
 # process group it was made under.
 _MESHES: dict[dist.ProcessGroup, dict[MeshShape, DeviceMesh]] = {}
+let_go_at_exit(_MESHES.clear)
 
 
 def torch_mesh(shape: MeshShape) -> DeviceMesh:
@@ -206,7 +91,7 @@ def torch_mesh(shape: MeshShape) -> DeviceMesh:
     if world not in _MESHES:
         _MESHES.clear()
         _MESHES[world] = {}
-        _leave_at_exit()
+        leave_at_exit()
     meshes = _MESHES[world]
     if shape not in meshes:
         ranks = torch.tensor(shape.ranks).reshape(shape.sizes)
@@ -216,6 +101,7 @@ def torch_mesh(shape: MeshShape) -> DeviceMesh:
 
 # One more group of all ranks, for what is told besides while the others are busy.
 _ASIDE: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+let_go_at_exit(_ASIDE.clear)
 
 
 def group_aside() -> dist.ProcessGroup:
@@ -228,7 +114,7 @@ def group_aside() -> dist.ProcessGroup:
     if world not in _ASIDE:
         _ASIDE.clear()
         _ASIDE[world] = dist.new_group(backend="gloo")
-        _leave_at_exit()
+        leave_at_exit()
     return _ASIDE[world]
 
 

@@ -9,7 +9,7 @@ import keras
 
 from keras_tp.checkpoints import load, newest_step, save
 from keras_tp.errors import CheckpointError
-from keras_tp.mesh import job_rank
+from keras_tp.job import job_rank
 from keras_tp.randomness import random_state, set_random_state
 from keras_tp.savings import Saving
 from keras_tp.seam.callbacks import set_initial_epoch

@@ -14,8 +14,9 @@ from keras_tp.callbacks import act_together
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
 from keras_tp.handovers import members_along
+from keras_tp.job import initialize
 from keras_tp.loops import watch_loops
-from keras_tp.mesh import check_devices, check_ranks, initialize, keras_mesh, torch_mesh
+from keras_tp.mesh import check_devices, check_ranks, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
 from keras_tp.problems import captured_weights

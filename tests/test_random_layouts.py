@@ -1,4 +1,4 @@
-"""Layout maps at random: each ends in a plan or in an error that says what is wrong.
+"""Layout maps at random: each ends in a plan that can be carried out, or in an error that says why.
 
 `make test` tries some, `make fuzz` thousands.
 """
@@ -11,11 +11,13 @@ from typing import Any
 
 import hypothesis
 import keras
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from keras import layers
 
 import keras_tp
+from keras_tp.seam.layers import plan_carried_out
 
 SECONDS = 5.0
 AXES = ["batch", "model", "expert"]
@@ -120,8 +122,39 @@ def examined(model: Any, layout_map: Any, batch_axis: str | None, strict: bool) 
     return ended
 
 
+def carried_out(
+    model: Any, layout_map: Any, batch_axis: str | None, strict: bool, rank: int, start: Any
+) -> str:
+    """How `parallelize` ended, on one of virtual ranks: as planned, or with nothing changed."""
+    mesh = layout_map.device_mesh
+    size = 1 if mesh is None else int(np.prod(mesh.shape))
+    start(rank % size, size)
+    before = [v.numpy() for v in model.variables]
+    own_call = "call" in vars(model)
+    began = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", keras_tp.LayoutWarning)
+        try:
+            keras_tp.parallelize(model, layout_map, strict=strict, batch_axis=batch_axis)
+        except keras_tp.LayoutError:
+            after = [v.numpy() for v in model.variables]
+            assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+            assert ("call" in vars(model)) == own_call
+            assert not any(hasattr(v.value, "_keras_tp") for v in model.variables)
+            return "refused"
+    assert time.process_time() - began < SECONDS
+    plan = plan_carried_out(model)
+    found = list(keras_tp.local_shapes(model).values())
+    assert found == [tuple(v.local_shape(rank % size)) for v in plan.variables]
+    return "planned"
+
+
 ANY = hypothesis.given(
-    MODELS, layout_maps(), st.sampled_from(["batch", None, "model"]), st.booleans()
+    MODELS,
+    layout_maps(),
+    st.sampled_from(["batch", None, "model"]),
+    st.booleans(),
+    st.integers(0, 124),
 )
 SETTINGS: dict[str, Any] = {
     "deadline": None,
@@ -132,20 +165,28 @@ SETTINGS: dict[str, Any] = {
 
 @hypothesis.settings(max_examples=150, **SETTINGS)
 @ANY
-def test_any_layout_map(spec: Any, layout_map: Any, batch_axis: str | None, strict: bool) -> None:
+def test_any_layout_map(
+    fake_ranks: Any, spec: Any, layout_map: Any, batch_axis: str | None, strict: bool, rank: int
+) -> None:
     """Another error than LayoutError, which says nothing of what to do; a pattern that takes for
-    ever: `(.*)*x` hung until matching had a limit, and b"" was a TypeError."""
-    examined(build(*spec), layout_map, batch_axis, strict)
+    ever: `(.*)*x` hung until matching had a limit, and b"" was a TypeError. And a model that is
+    left half sharded, or as nobody planned it."""
+    model = build(*spec)
+    ended = examined(model, layout_map, batch_axis, strict)
+    assert carried_out(model, layout_map, batch_axis, strict, rank, fake_ranks) == ended
 
 
 @pytest.mark.slow
 @hypothesis.settings(max_examples=2500, **SETTINGS)
 @ANY
 def test_thousands_of_layout_maps(
-    spec: Any, layout_map: Any, batch_axis: str | None, strict: bool
+    fake_ranks: Any, spec: Any, layout_map: Any, batch_axis: str | None, strict: bool, rank: int
 ) -> None:
     """The same of more."""
-    hypothesis.event(examined(build(*spec), layout_map, batch_axis, strict))
+    model = build(*spec)
+    ended = examined(model, layout_map, batch_axis, strict)
+    assert carried_out(model, layout_map, batch_axis, strict, rank, fake_ranks) == ended
+    hypothesis.event(ended)
 
 
 @pytest.mark.parametrize("pattern", EVIL)

@@ -4,8 +4,9 @@ Every way to save, `model.save`, `save_weights`, the functions of `keras.saving`
 and those that scripts have imported by name, goes by three functions that their
 modules look up as they are called: `saving_lib.save_model` and `save_weights_only`,
 and `legacy_h5_format.save_model_to_hdf5`. Weights are read by
-`saving_lib.load_weights_only`. `io_utils.ask_to_proceed_with_overwrite` asks on the
-terminal, and is not told of which model; its caller's argument is `model`.
+`saving_lib.load_weights_only`, and `Model.export` writes what runs without Keras.
+`io_utils.ask_to_proceed_with_overwrite` asks on the terminal, and is not told of which
+model; its caller's argument is `model`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import keras
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.saving import saving_lib
 from keras.src.utils import file_utils, io_utils
@@ -34,6 +36,12 @@ class Work(Protocol):
     def save(self, model: Any, path: Any, write: Write, parents: bool) -> None:
         """`write(path)` writes the file, or folder; `parents` says whether it makes those above."""
 
+    def load(self, model: Any, path: Any, load: Callable[[], None]) -> None:
+        """`load()` loads the weights in `path` into `model`, on this rank."""
+
+    def export(self, model: Any) -> None:
+        """Called in place of `model.export`."""
+
     def ask(self, model: Any, path: Any, ask: Callable[[], bool]) -> bool:
         """`ask()` asks whether to write over what is there, and gives the answer."""
 
@@ -49,7 +57,8 @@ def hook_saving(work: Work) -> None:
     legacy_h5_format.save_model_to_hdf5 = _saving(
         legacy_h5_format.save_model_to_hdf5, work, lambda given: True
     )
-    saving_lib.load_weights_only = _loading(saving_lib.load_weights_only)
+    saving_lib.load_weights_only = _loading(saving_lib.load_weights_only, work)
+    keras.Model.export = _exporting(keras.Model.export, work)
     io_utils.ask_to_proceed_with_overwrite = _asking(io_utils.ask_to_proceed_with_overwrite, work)
 
 
@@ -76,12 +85,29 @@ def _saving(original: Any, work: Work, makes_parents: Callable[[dict[str, Any]],
     return save
 
 
-def _loading(original: Any) -> Any:
+def load_alone(model: Any, path: Any, **options: Any) -> None:
+    """Loads weights into `model` on this rank, which asks no other: for those who are led."""
+    saving_lib.load_weights_only.__wrapped__(model, path, **options)
+
+
+def _exporting(original: Any, work: Work) -> Any:
+    @functools.wraps(original)
+    def export(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if work.takes_over(self):
+            return work.export(self)
+        return original(self, *args, **kwargs)
+
+    return export
+
+
+def _loading(original: Any, work: Work) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def load(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
         leader = current_leader()
+        if leader is None and work.takes_over(model):
+            return work.load(model, filepath, lambda: original(model, filepath, *args, **kwargs))
         if leader is None or leader.model is not model:
             return original(model, filepath, *args, **kwargs)
         options = dict(signature.bind(model, filepath, *args, **kwargs).arguments)
