@@ -79,7 +79,12 @@ def where_raised(trace: TracebackType | None) -> Whereabouts:
 
 def _stack(thread: int) -> Iterator[tuple[FrameType, int]]:
     innermost = sys._current_frames().get(thread)
-    return iter(()) if innermost is None else traceback.walk_stack(innermost)
+    try:
+        return iter(()) if innermost is None else traceback.walk_stack(innermost)
+    finally:
+        # It may be the frame of this call: one that holds itself would keep all that is outside
+        # of it, with their tensors, until a garbage collection.
+        del innermost
 
 
 def _describe(stack: list[tuple[FrameType, int]], layers: bool) -> Whereabouts:

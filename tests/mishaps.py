@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 LIMIT = 8.0  # seconds that the jobs allow a collective
 OVER = 70.0  # and that the slowest may take
-NEVER_END = {("stopped", 1), ("busy", 1)}  # by themselves
+NEVER_END = {("stopped", 1), ("busy", 1), ("saved_while_busy", 1)}  # by themselves
 
 
 def trained(callback: Callable[[int], None], sharded: bool = True) -> Any:
@@ -88,6 +88,13 @@ def saved_alone(folder: Path) -> None:
     if dist.get_rank() == 0:
         model.save_weights(folder / "saved_alone.weights.h5")
     model.evaluate(np.ones((8, 8)), np.ones((8, 8)), verbose=0)
+
+
+def saved_while_busy(folder: Path) -> None:
+    model = trained(lambda step: None)
+    if dist.get_rank() == 0:
+        model.save_weights(folder / "saved_while_busy.weights.h5")
+    time.sleep(1000)
 
 
 def replica_saved_alone(folder: Path) -> None:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -79,49 +77,15 @@ print("not reached")
 """
 
 
-@pytest.mark.parametrize("kind", ["raises", "refused"])
-def test_a_rank_that_raises_ends_the_job(tmp_path: Path, kind: str) -> None:
+def test_a_rank_that_raises_ends_the_job(tmp_path: Path) -> None:
     """The others wait in a collective: without the group closing they would for half an hour."""
     script = tmp_path / "script.py"
-    code = FAILING
-    if kind == "refused":
-        code = code.replace('"model": 2', '"model": 3')
-    script.write_text(code)
+    script.write_text(FAILING)
     job = torchrun(str(script), timeout=90)  # fails the test if the job hangs
     assert job.returncode != 0
     assert "not reached" not in job.stdout
     assert "Traceback" in job.stderr
-    expected = {
-        "raises": "RuntimeError: the disk of rank one is on fire",
-        "refused": "the mesh has 3 ranks (model=3) but the job has 2. Start as many",
-    }
-    assert expected[kind] in job.stderr
-
-
-SAVING_ALONE = """
-import datetime, sys, time, keras_tp, keras, torch.distributed as dist
-keras_tp.initialize(timeout=datetime.timedelta(seconds=5))
-model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, name="dense")])
-layout_map = keras.distribution.LayoutMap(keras_tp.device_mesh({"model": 2}))
-layout_map[".*dense/kernel"] = (None, "model")
-keras_tp.parallelize(model, layout_map)
-if dist.get_rank() == 0:
-    model.save_weights(sys.argv[1])
-    print("saved")
-time.sleep(60)
-"""
-
-
-def test_saving_on_one_rank_ends_the_job(tmp_path: Path) -> None:
-    """transformers #48569: the first rank waited for ever for the others' shards. Here, where the
-    others are busy and may yet come, for as long as `initialize(timeout=...)` says."""
-    script = tmp_path / "script.py"
-    script.write_text(SAVING_ALONE)
-    job = torchrun(str(script), str(tmp_path / "a.weights.h5"), timeout=90)
-    assert job.returncode != 0
-    assert "saved" not in job.stdout
-    assert "rank 0 has waited 5 s in a roll call" in job.stderr
-    assert "Rank 1 is busy in script.py:12" in job.stderr
+    assert "RuntimeError: the disk of rank one is on fire" in job.stderr
 
 
 LEAVING = """

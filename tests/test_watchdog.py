@@ -22,7 +22,7 @@ from keras_tp.whereabouts import whereabouts
 
 MISHAPS = [
     *("stopped", "busy", "late", "parted", "raises", "returns"),
-    *("saved_alone", "replica_saved_alone", "loaded_alone", "absent"),
+    *("saved_alone", "saved_while_busy", "replica_saved_alone", "loaded_alone", "absent"),
 ]
 
 
@@ -103,6 +103,15 @@ def test_saving_on_one_rank_is_an_error_within_seconds(ended: dict[str, Any]) ->
     assert all(rank["status"] == 1 for rank in job)
     assert "The job ends here" not in job[0]["said"] + job[1]["said"]
     assert not any("saved_alone.weights" in name for name in ended["files"])
+
+
+def test_saving_waits_for_a_rank_that_may_yet_come(ended: dict[str, Any]) -> None:
+    """A rank that computes for long before it saves, too, would be told that it is wrong."""
+    job = ended["saved_while_busy"]
+    assert job[0]["status"] == 1
+    _said(job, 0, " in a roll call, in save_weights", "Rank 1 is busy in mishaps.py:")
+    assert job[0]["seconds"] > mishaps.LIMIT
+    assert not any("saved_while_busy.weights" in name for name in ended["files"])
 
 
 def test_a_replica_may_save_alone(ended: dict[str, Any]) -> None:
