@@ -94,6 +94,25 @@ def once(compute: Callable[[], Any]) -> Any:
     return told[0]
 
 
+def planned(model: Any, layout_map: Any, **options: Any) -> keras_tp.Plan:
+    """The plan, which one rank makes for all: each would make the same. Collective.
+
+    Raises:
+        LayoutError: on every rank.
+    """
+
+    def make() -> Any:
+        try:
+            return keras_tp.plan(model, layout_map, advise=False, **options)
+        except keras_tp.LayoutError as error:
+            return error
+
+    plan = once(make)
+    if isinstance(plan, keras_tp.LayoutError):
+        raise plan
+    return plan
+
+
 def build_seeded(build: Callable[[], Any], seed: int = 7) -> Any:
     keras.utils.clear_session(free_memory=False)  # a garbage collection takes longer than the rest
     keras.utils.set_random_seed(seed)
@@ -148,7 +167,7 @@ def compare(
     with real_float64(float64):
         one = once(lambda: train(build_seeded(build), case))
         model = build_seeded(build)
-        plan = keras_tp.plan(model, layout_map(layout, mesh), advise=False)
+        plan = planned(model, layout_map(layout, mesh))
         return compare_with(one, case, model, plan)
 
 

@@ -59,7 +59,8 @@ def both(
     def run(parallelized: bool) -> dict[str, Any]:
         model = parity.build_seeded(build)
         if parallelized:
-            keras_tp.parallelize(model, layout_on(layout, mesh))
+            plan = parity.planned(model, layout_on(layout, mesh))
+            keras_tp.parallelize(model, plan=plan)
         keras.utils.set_random_seed(3)
         return {**script(model), **state(model)}
 

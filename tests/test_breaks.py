@@ -59,7 +59,7 @@ def wrong(mistake: str, name: str, layout: dict[str, Any]) -> tuple[float, float
 
     def compared() -> float:
         model = parity.build_seeded(case.build)
-        plan = keras_tp.plan(model, parity.layout_map(layout, mesh))
+        plan = parity.planned(model, parity.layout_map(layout, mesh))
         return parity.compare_with(one, case, model, plan).worst()
 
     with parity.real_float64(), warnings.catch_warnings():

@@ -98,7 +98,7 @@ def measure(name: str, mesh: str, alone: bool, ways: Sequence[str] = WAYS) -> li
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", keras_tp.LayoutWarning)
                 try:
-                    plan = keras_tp.plan(model, parity.layout_map(layout, axes), advise=False)
+                    plan = parity.planned(model, parity.layout_map(layout, axes))
                 except keras_tp.LayoutError as error:
                     cells.append(Cell(weight, what, "refused", 0.0, str(error)))
                     continue

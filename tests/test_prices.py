@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import models
 import numpy as np
+import parity
 import pytest
 import torch
 from counting import Traffic
@@ -175,7 +176,7 @@ def both(mesh: dict[str, int], chosen: list[tuple[str, str, str]]) -> list[tuple
         try:
             model, x, y = compiled(name, optimizer)
             made = layout_map(CHOSEN[name][1], mesh)
-            plan = keras_tp.plan(model, made, sequence_parallel=name == SEQUENCE)
+            plan = parity.planned(model, made, sequence_parallel=name == SEQUENCE)
             assert (plan.sequence is not None) == (name == SEQUENCE)
             rank = torch.distributed.get_rank()
             price = planned(plan.cost(model, x, targets=y, rank=rank))

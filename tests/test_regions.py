@@ -169,7 +169,7 @@ def train(name: str, size: int, mesh: Any) -> tuple[parity.Report, bool, int, in
     model = parity.build_seeded(lambda: build(name))
     layer = next(y for y in model.layers if y.name == "between")
     before = layer.calls
-    plan = keras_tp.plan(model, parity.layout_map(LAYOUT, mesh))
+    plan = keras_tp.plan(model, parity.layout_map(LAYOUT, mesh), advise=False)
     return report, bool(plan.regions), before, layer.calls
 
 
@@ -214,7 +214,7 @@ DROPPED: dict[str, tuple[Any, ...]] = {
 
 def dropped(size: int, mesh: Any) -> tuple[parity.Report, int]:
     report = parity.compare(with_dropout, DROPPED, mesh, data())
-    return report, len(keras_tp.plan(with_dropout(), parity.layout_map(DROPPED, mesh)).regions)
+    return report, len(parity.planned(with_dropout(), parity.layout_map(DROPPED, mesh)).regions)
 
 
 @pytest.mark.parametrize("mesh", [{"batch": 1, "model": 2}, {"batch": 2, "model": 2}])
@@ -228,7 +228,7 @@ def test_dropout_draws_the_masks_of_one_process(ranks: Any, mesh: Any) -> None:
 
 def counted(name: str) -> tuple[Counter[str], Counter[str], Any]:
     model = parity.build_seeded(lambda: build(name))
-    plan = keras_tp.plan(model, parity.layout_map(LAYOUT, {"batch": 1, "model": 2}))
+    plan = parity.planned(model, parity.layout_map(LAYOUT, {"batch": 1, "model": 2}))
     keras_tp.parallelize(model, plan=plan, check_batches=False)
     x = torch.tensor(data()[0], dtype=torch.float32, requires_grad=True)
     with Collectives() as forward:
@@ -256,7 +256,7 @@ def whole_bias() -> tuple[parity.Report, Counter[str], Counter[str]]:
     mesh = {"batch": 1, "model": 2}
     report = parity.compare(lambda: build("gelu"), layout, mesh, data())
     model = parity.build_seeded(lambda: build("gelu"))
-    plan = keras_tp.plan(model, parity.layout_map(layout, mesh))
+    plan = parity.planned(model, parity.layout_map(layout, mesh))
     keras_tp.parallelize(model, plan=plan, check_batches=False)
     x = torch.tensor(data()[0], dtype=torch.float32, requires_grad=True)
     out = model(x, training=True)

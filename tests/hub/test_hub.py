@@ -189,7 +189,7 @@ def generate(name: str, size: int) -> tuple[Any, Any]:
         model = parity.build_seeded(lambda: build(name))
         if parallel:
             layout_map = kind.get_layout_map(keras_tp.device_mesh(MESHES[size]))
-            keras_tp.parallelize(model, layout_map)
+            keras_tp.parallelize(model, plan=parity.planned(model, layout_map))
         model.compile(sampler="greedy")
         with warnings.catch_warnings():
             # A cache has all heads, so that attention on it gathers, and says so.
@@ -212,7 +212,7 @@ def verified(name: str, size: int) -> Any:
         stack.enter_context(warnings.catch_warnings())
         ignore_unused_patterns()
         layout_map = CASES[name][0].get_layout_map(keras_tp.device_mesh(MESHES[size]))
-        keras_tp.parallelize(model, layout_map)
+        keras_tp.parallelize(model, plan=parity.planned(model, layout_map))
     return keras_tp.verify(model, data(name))
 
 
