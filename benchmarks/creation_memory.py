@@ -1,15 +1,16 @@
-"""What a process needs to make a 1 GB model of which it keeps a shard, on two ranks.
+"""What a process needs to make, or load, a 1 GB model of which it keeps a shard, on two ranks.
 
     python benchmarks/creation_memory.py [--ranks 2] [--models equal] [--made scope]
 
-Each model is made twice, in processes of their own: under a ModelParallel, and
-whole, then parallelized. Of each rank, in MB: what it stores in the end, and the
-peak of its resident memory (VmHWM of /proc/self/status, from just before the model
-on) above what the process held before.
+Each model is made in four ways, in processes of their own: under a ModelParallel (scope); whole,
+then parallelized; by `load_weights` into a model that is parallelized (of which the shards are
+there before); by `keras.saving.load_model` under a ModelParallel. Of each rank, in MB: what it
+stores in the end, and the peak of its resident memory (VmHWM of /proc/self/status, from just
+before on) above what the process held before.
 
-A full value exists for one variable at a time, so that the peak should be what is
-stored and the largest variable. It is reached where the largest is the last;
-"equal" is such a model. The exit status is 1 if a peak is more than 1 % above.
+A full value exists for one variable at a time, so that the peak should be what is newly stored
+and the largest variable. It is reached where the largest is the last; "equal" is such a model. The
+exit status is 1 if a peak is more than 1 % above, but for models that are made whole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import keras
 import torch
 import torch.distributed as dist
 from keras import layers
+from running import what_ran, write_record
 
 from keras_tp.seam.variables import local_tensor
 from keras_tp.tables import plain_table, render
@@ -79,6 +82,10 @@ def layout_map(name: str, ranks: int) -> Any:
     return made
 
 
+# How a model is made: whether what it stores is new then.
+WAYS = {"scope": True, "whole": True, "load_weights": False, "load_model": True}
+
+
 def make(name: str, initializer: str, in_scope: bool, scale: int = 1) -> Any:
     layout = layout_map(name, dist.get_world_size())
     if not in_scope:
@@ -87,17 +94,39 @@ def make(name: str, initializer: str, in_scope: bool, scale: int = 1) -> Any:
         return MODELS[name](initializer, scale)
 
 
-def on_a_rank(name: str, initializer: str, in_scope: bool) -> None:
+def load(made: Any, path: str, name: str, how: str) -> Any:
+    """Into `made`, or as another."""
+    if how == "load_weights":
+        made.load_weights(path)
+        return made
+    layout = layout_map(name, dist.get_world_size())
+    with keras.distribution.ModelParallel(layout_map=layout).scope():
+        return keras.saving.load_model(path)
+
+
+def on_a_rank(name: str, initializer: str, how: str, folder: str) -> None:
     """One rank's part; rank 0 prints what every rank has seen, a line each."""
     torch.set_num_threads(1)
     keras_tp.enable()
     keras.distribution.initialize()
     keras.utils.set_random_seed(0)
-    make(name, initializer, in_scope, scale=32)  # connects the ranks, and loads what is loaded once
+    # Connects the ranks, and loads what is loaded once.
+    small = make(name, initializer, how == "scope", scale=32)
+    suffix = ".keras" if how == "load_model" else ".weights.h5"
+    model, path = None, os.path.join(folder, f"model{suffix}")
+    if how.startswith("load"):
+        (small.save if suffix == ".keras" else small.save_weights)(path)
+        load(small, path, name, how)
+        model = make(name, initializer, True)
+        (model.save if suffix == ".keras" else model.save_weights)(path)
+        model = model if how == "load_weights" else None
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory("VmRSS")
-    model = make(name, initializer, in_scope)
+    if how.startswith("load"):
+        model = load(model, path, name, how)
+    else:
+        model = make(name, initializer, how == "scope")
     peak = memory("VmHWM") - before
     sizes = [local_tensor(v).untyped_storage().nbytes() / MB for v in model.variables]
     largest = max(4 * math.prod(v.shape) for v in model.variables) / MB
@@ -112,19 +141,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--made", nargs="+", choices=["scope", "whole"], default=["scope", "whole"])
+    parser.add_argument("--made", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--record", action="store_true", help="write a dated record")
     options = parser.parse_args()
     if "RANK" in os.environ:
-        name, initializer, scope = os.environ["CREATION_MEMORY"].split()
-        on_a_rank(name, initializer, scope == "scope")
+        on_a_rank(*os.environ["CREATION_MEMORY"].split())
         return
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    print(f"commit {commit}, Keras {keras.__version__}, torch {torch.__version__}, in MB\n")
+    ran = what_ran()
     columns = ("model", "initializer", "made", "rank", "base", "stored", "largest", "peak", "bound")
     table = plain_table(*columns)
     over = 0
@@ -133,24 +156,28 @@ def main() -> None:
             for how in options.made:
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc-per-node", str(options.ranks), __file__]
-                done = subprocess.run(
-                    command,
-                    env={
-                        **os.environ,
-                        "OMP_NUM_THREADS": "1",
-                        "CREATION_MEMORY": f"{name} {initializer} {how}",
-                    },
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
+                with tempfile.TemporaryDirectory(prefix="creation-") as folder:
+                    done = subprocess.run(
+                        command,
+                        env={
+                            **os.environ,
+                            "OMP_NUM_THREADS": "1",
+                            "CREATION_MEMORY": f"{name} {initializer} {how} {folder}",
+                        },
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        check=True,
+                    )
                 for rank, line in enumerate(done.stdout.splitlines()):
                     base, stored, largest, peak = map(float, line.split())
-                    bound = stored + largest
-                    over += how == "scope" and peak > 1.01 * bound
+                    bound = largest + (stored if WAYS[how] else 0)
+                    over += how != "whole" and peak > 1.01 * bound
                     numbers = (f"{n:,.0f}" for n in (base, stored, largest, peak, bound))
                     table.add_row(name, initializer, how, str(rank), *numbers)
-    print(render(table))
+    text = render(table) + "\n\nIn MB of 1e6 bytes."
+    print(f"{ran}\n\n{text}")
+    if options.record:
+        write_record("creation-memory", "Memory of making and loading a model", ran, text)
     sys.exit(f"{over} peaks are above their bound" if over else 0)
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import time
 
 from keras_tp.signs import absence, stuck
-from keras_tp.watchdog import Watchdog, watchdog
+from keras_tp.watchdog import BEATS, watchdog
 
 # Seconds in which ranks that do the same are there, and nobody asks where the others are; and for
 # which one must wait in one place to be taken for stuck: no collective of a step takes so long.
 _PATIENCE, _STUCK = 1.0, 5.0
-_COUNT: dict[Watchdog, int] = {}
 
 
 def call_roll(what: str) -> str:
@@ -31,22 +30,21 @@ def call_roll(what: str) -> str:
     dog = watchdog()
     if dog is None:
         return ""
-    number = _COUNT.get(dog, 0)
-    names = [f"roll{number}/{rank}" for rank in range(dog.size)]
+    names = [f"roll{dog.rolls}/{rank}" for rank in range(dog.size)]
     dog.store.set(names[dog.rank], what)
-    began, pause = time.monotonic(), 0.001
+    before, pause, look = None, 0.001, time.monotonic() + _PATIENCE
     while not dog.store.check(names):
         time.sleep(pause)
         pause = min(0.05, 2 * pause)
-        if time.monotonic() - began < _PATIENCE:
+        if time.monotonic() < look:
             continue
-        before, after = dog.two_signs()
+        after, look = dog.signs(), time.monotonic() + BEATS * dog.interval
         missing = [rank for rank, name in enumerate(names) if not dog.store.check([name])]
-        if missing and all(stuck(before[rank], after[rank], _STUCK) for rank in missing):
+        if before and missing and all(stuck(before[rank], after[rank], _STUCK) for rank in missing):
             dog.store.delete_key(names[dog.rank])
             return absence(before, after, missing)
-    _COUNT.clear()
-    _COUNT[dog] = number + 1
-    if number:
-        dog.store.delete_key(f"roll{number - 1}/{dog.rank}")
+        before = after
+    if dog.rolls:  # all have left the one before
+        dog.store.delete_key(f"roll{dog.rolls - 1}/{dog.rank}")
+    dog.rolls += 1
     return ""

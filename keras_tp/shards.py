@@ -44,10 +44,14 @@ class Shards:
 
     def local(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of `full`, in memory of its own. No communication, no gradient."""
+        return self.part(full).clone(memory_format=torch.contiguous_format)
+
+    def part(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of `full`, a view of it. No communication, no gradient."""
         shard = full.detach()
         for axis, dim in self.cuts:
             shard = shard.narrow(dim, *chunk_bounds(self.shape[dim], axis.size, axis.rank))
-        return shard.clone(memory_format=torch.contiguous_format)
+        return shard
 
     def full(
         self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None

@@ -24,6 +24,7 @@ from keras_tp.signs import Sign, lost, verdict
 from keras_tp.whereabouts import waits_in, where_raised, whereabouts
 
 _SLOWEST, _QUICKEST = 1.0, 0.1  # seconds between two beats
+BEATS = 2.5  # between two looks at a rank that is to show signs of life
 # What gloo says as a rank is gone, and torch as the store is.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
@@ -35,6 +36,9 @@ class Watchdog:
         store: of the process group; a copy of its connection is used.
         rank, size: of this process in the job, and number of ranks.
         limit: seconds that a collective may wait.
+
+    Attributes:
+        rolls: how many roll calls all ranks have answered.
     """
 
     def __init__(self, store: Any, rank: int, size: int, limit: float):
@@ -44,7 +48,7 @@ class Watchdog:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # a FileStore has none
             self.store.set_timeout(timedelta(seconds=20))
         self.group = dist.group.WORLD
-        self.ended, self.ending = "", False
+        self.ended, self.ending, self.rolls = "", False, 0
         self._beat = 0
         self._last: Any = None
         self._since = time.monotonic()
@@ -77,7 +81,7 @@ class Watchdog:
         """Each rank's sign, and that of some beats later. Takes seconds."""
         before = self.signs()
         for _ in range(5):
-            time.sleep(self.interval / 2)
+            time.sleep(BEATS * self.interval / 5)
             self.tell(self.sign())  # the thread that does may be this one
         return before, self.signs()
 

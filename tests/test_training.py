@@ -441,6 +441,7 @@ def test_ranks_that_are_fed_different_batches_are_told(ranks: Any, what: str) ->
 
 def smaller_file(folder: str) -> str:
     path = Path(folder) / f"rank{dist.get_rank()}.weights.h5"
+    keras.utils.set_random_seed(1)  # ranks with other weights are refused before
     small, large = (keras.Sequential([keras.Input((4,)), layers.Dense(n)]) for n in (4, 8))
     small.save_weights(path)
     keras_tp.parallelize(large, stack({".*bias": ("model",), ".*kernel": (None, "model")}))
@@ -455,6 +456,21 @@ def test_weights_of_a_smaller_model_do_not_load_as_a_shard(ranks: Any, tmp_path:
     """Half as many units on two ranks: the file's kernel has just the shape of the shard."""
     for message in ranks(2)(smaller_file, str(tmp_path)):
         assert message != "accepted"
+        assert "is to load" not in message
+
+
+def test_loading_makes_no_copy_of_a_full_weight_but_the_one_it_reads(fake_ranks: Any) -> None:
+    """Keras copies each array that is assigned: beside the shards there were two of the largest."""
+    fake_ranks(1, 2)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(8)])
+    keras_tp.parallelize(model, stack({".*kernel": (None, "model")}))
+    variable = model.layers[0].kernel
+    value = np.arange(32, dtype="float32").reshape(4, 8)
+    assert variable._convert_to_tensor(value).data_ptr() == value.ctypes.data
+    variable.assign(value)
+    kept = value[:, 4:].copy()
+    value[:] = -1  # what is assigned is not the array itself
+    assert np.array_equal(local_tensor(variable).detach().numpy(), kept)
 
 
 def vocabulary_edges(size: int) -> list[float]:

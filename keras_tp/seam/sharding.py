@@ -22,6 +22,9 @@ class Sharding(Protocol):
     def local(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of a full value."""
 
+    def part(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a full value, a view of it."""
+
     def full(
         self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None
     ) -> torch.Tensor:

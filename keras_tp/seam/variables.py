@@ -30,7 +30,16 @@ def _renew(variable: Any) -> None:
         replicas.renew(variable)
 
 
-class ReplicatedVariable(keras.Variable):
+class _Variable(keras.Variable):
+    def _convert_to_tensor(self, value: Any, dtype: Any = None) -> Any:
+        # Keras copies arrays, which beside a full weight that is loaded is another. What is
+        # assigned is copied into this variable's memory at once (not in a stateless scope).
+        if type(value) is np.ndarray and value.flags.writeable and value.dtype == self._dtype:
+            value = value if in_stateless_scope() else torch.from_numpy(value)
+        return super()._convert_to_tensor(value, dtype)
+
+
+class ReplicatedVariable(_Variable):
     """A Keras variable that is whole on every rank, and used by each on something else.
 
     Never constructed, as `ShardedVariable`. While replicas compute, each its rows, or
@@ -55,7 +64,7 @@ class ReplicatedVariable(keras.Variable):
         _renew(self)
 
 
-class ShardedVariable(keras.Variable):
+class ShardedVariable(_Variable):
     """A Keras variable of which this rank stores a shard.
 
     Never constructed: `shard_variable` changes the class of an existing one, so
@@ -117,7 +126,7 @@ class ShardedVariable(keras.Variable):
     def _direct_assign(self, value: torch.Tensor) -> None:
         local = tuple(value.shape) == self._sharding.local_shape
         with torch.no_grad():
-            self._value.copy_(value if local else self._sharding.local(value))
+            self._value.copy_(value if local else self._sharding.part(value))
         _renew(self)
         if self._gathered is not None:
             self._gathered = {}
