@@ -9,7 +9,7 @@ RANKS ?= 2
 TRIALS ?= 9
 BIN = .venv/bin
 
-.PHONY: demo demo-api test test-hub test-jax fuzz layers check bench faults clean FORCE
+.PHONY: demo demo-api test test-slow test-hub test-jax fuzz layers check bench faults clean FORCE
 
 demo: .venv/run
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m keras_tp.examples.train_transformer
@@ -29,6 +29,10 @@ test-hub: .venv/hub
 
 test-jax: .venv/jax
 	$(BIN)/python -m pytest -n 0 -m slow tests/test_jax.py  # -n 0: JAX runs once
+
+# What takes too long for every change: more of KerasHub's models, the benchmarks themselves.
+test-slow: .venv/hub .venv/test
+	$(BIN)/python -m pytest -n 0 -m slow tests/hub tests/test_benchmarks.py tests/test_examples.py
 
 # Thousands of layout maps at random, of which `make test` tries some.
 fuzz: .venv/test

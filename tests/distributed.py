@@ -1,7 +1,7 @@
 """A script, run twice: as it is, and as it is under a `keras.distribution`, over the ranks.
 
-Both runs are made by every rank, from one seed, so that all ranks are compared
-with one process, not the first alone.
+The first rank makes the one for all, every rank the other, from one seed: all ranks are compared
+with one process.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def both(script: Callable[[Scope], dict[str, Any]], make: Maker) -> dict[str, fl
     """Largest differences of what `script(scope)` gives, by name. Collective."""
     with real_float64():
         start()
-        one = script(contextlib.nullcontext)
+        one = parity.once(lambda: script(contextlib.nullcontext))
         with enabled():
             start()
             many = script(make().scope)

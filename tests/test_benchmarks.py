@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from keras_tp.examples.train_transformer import transformer
@@ -26,6 +27,7 @@ def memory_benchmark() -> Any:
     return memory
 
 
+@pytest.mark.slow
 def test_parity_compares_runs_that_train() -> None:
     """Curves that lie on top of each other show nothing if they are one run, or of no training.
 
@@ -79,6 +81,7 @@ def test_memory_finds_growth() -> None:
     assert memory_benchmark().train(SMALL, model, 4).growth == steps * 4000
 
 
+@pytest.mark.slow
 def test_step_time_compares_what_computes_the_same() -> None:
     """Two ranks by hand, by torch and by keras_tp: their losses, and what they communicate.
 
