@@ -57,6 +57,7 @@ _JAX = (
 )
 CONTESTANTS = {
     "hand-written": Contestant("torch, by hand"),
+    "overlapped": Contestant("torch, by hand, overlapped"),
     "parallelize_module": Contestant("torch, parallelize_module"),
     "keras_tp": Contestant("keras_tp"),
     "keras_tp-compiled": Contestant("keras_tp, compiled"),
@@ -230,13 +231,14 @@ def make_of(name: str) -> tuple[Callable[[Size], Any], str]:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     versions = f"torch {torch.__version__}"
-    if name in ("hand-written", "parallelize_module"):
+    if name in ("hand-written", "overlapped", "parallelize_module"):
         dist.init_process_group("gloo")
         import dtensors
         import megatron
 
-        hand_written = name == "hand-written"
-        return (megatron.hand_written if hand_written else dtensors.parallelized), versions
+        if name == "parallelize_module":
+            return dtensors.parallelized, versions
+        return lambda s: megatron.hand_written(s, name == "overlapped"), versions
     if name.startswith("keras_tp"):
         import keras_tp
 

@@ -8,6 +8,9 @@ backward a block, each of one activation, and is what tensor parallelism costs a
 The head is whole on every rank ("whole"), or cut by classes ("columns"): then the
 loss, too, is computed on shards, for an all-reduce of one activation in backward and three
 of a number for each token.
+
+"Overlapped" is the same with what Megatron-LM does besides: the all-reduce of a column layer's
+input gradient goes on while its weight gradient is computed.
 """
 
 from __future__ import annotations
@@ -79,6 +82,32 @@ class Columns(nn.Linear):
         return F.linear(_F.apply(x), self.weight, self.bias)
 
 
+class _Overlapped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        given = (gradient @ weight).contiguous()
+        work = dist.all_reduce(given, async_op=True)
+        flat = gradient.flatten(0, -2)
+        learnt = flat.T @ x.flatten(0, -2), flat.sum(0)
+        work.wait()
+        return given, *learnt
+
+
+class OverlappedColumns(Columns):
+    """This rank's columns, whose backward computes while it communicates."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Overlapped.apply(x, self.weight, self.bias)
+
+
 class Rows(nn.Linear):
     """This rank's rows of a linear layer, whose input is a shard."""
 
@@ -89,14 +118,14 @@ class Rows(nn.Linear):
 class Block(nn.Module):
     """Attention and MLP, of this rank's heads and hidden units."""
 
-    def __init__(self, size: Size, ranks: int):
+    def __init__(self, size: Size, ranks: int, columns: type[Columns]):
         super().__init__()
         self.per_head = size.per_head
         self.attention_norm = nn.LayerNorm(size.width, NORM_EPSILON)
-        self.qkv = Columns(size.width, 3 * size.width // ranks)
+        self.qkv = columns(size.width, 3 * size.width // ranks)
         self.out = Rows(size.width // ranks, size.width)
         self.mlp_norm = nn.LayerNorm(size.width, NORM_EPSILON)
-        self.up = Columns(size.width, size.hidden // ranks)
+        self.up = columns(size.width, size.hidden // ranks)
         self.down = Rows(size.hidden // ranks, size.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,15 +140,15 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """All of it; `forward` gives the loss."""
 
-    def __init__(self, size: Size):
+    def __init__(self, size: Size, columns: type[Columns]):
         super().__init__()
         ranks = dist.get_world_size()
-        self.blocks = nn.Sequential(*(Block(size, ranks) for _ in range(size.blocks)))
+        self.blocks = nn.Sequential(*(Block(size, ranks, columns) for _ in range(size.blocks)))
         self.norm = nn.LayerNorm(size.width, NORM_EPSILON)
         classes = size.shapes["head/bias"][0]
         self.cut = size.head_layout == "columns"
         if self.cut:
-            self.head: nn.Linear = Columns(size.width, classes // ranks)
+            self.head: nn.Linear = columns(size.width, classes // ranks)
         else:
             self.head = nn.Linear(size.width, classes)
         load(self, size, ranks, dist.get_rank())
@@ -205,6 +234,6 @@ class Training:
             group["lr"] = rate
 
 
-def hand_written(size: Size) -> Training:
-    model = Encoder(size)
+def hand_written(size: Size, overlapped: bool = False) -> Training:
+    model = Encoder(size, OverlappedColumns if overlapped else Columns)
     return Training(model, [list(model.parameters())], size)

@@ -7,6 +7,7 @@
 One pre-LN transformer encoder (`encoder.py`), float32, Adam, on CPUs, by 2 ranks of a thread each:
 
     torch, by hand             Megatron's layers (`megatron.py`); all else is measured by it
+    ... overlapped             the same, communicating while weight gradients are computed
     torch, parallelize_module  torch's own, on DTensors (`dtensors.py`)
     keras_tp                   eager, and with `jit_compile=True`
     Keras nightly              ModelParallel as Keras brings it for torch after 3.15, if --nightly

@@ -27,7 +27,7 @@ def initialize(backend: str | None = None, *, timeout: timedelta | float | None 
 
     Under `torchrun` the group spans the ranks it started; without it this
     process becomes a job of one rank. A second call, or one after
-    `torch.distributed.init_process_group`, joins nothing.
+    `torch.distributed.init_process_group`, joins nothing, but its timeout counts.
 
     Call it first in a script that runs on GPUs: it also picks this rank's GPU
     (`LOCAL_RANK`), and Keras creates weights on the GPU that is current.
@@ -49,7 +49,8 @@ def initialize(backend: str | None = None, *, timeout: timedelta | float | None 
             come; a timeout that is no number above 0.
     """
     if dist.is_initialized():
-        start_watching(_limit(timeout, dist.get_backend()).total_seconds())
+        limit = _limit(timeout, dist.get_backend()).total_seconds()
+        start_watching(limit, anew=timeout is not None)
     elif launched():
         address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
         join(backend, timeout, int(os.environ.get("LOCAL_RANK", 0)), f"{address}:{port}")
@@ -146,7 +147,7 @@ def _meet(address: str, rank: int, size: int, limit: timedelta) -> dist.Store:
     hosts_it = rank == 0 and not _in_torchrun()
     try:
         kept = dist.TCPStore(
-            host, int(port), size, hosts_it, limit, wait_for_workers=False, multi_tenant=True
+            host.strip("[]"), int(port), size, hosts_it, limit, wait_for_workers=False, multi_tenant=True
         )
     except (RuntimeError, ValueError) as error:
         raise LayoutError(

@@ -152,15 +152,18 @@ def collectives_made() -> tuple[int, ...]:
 _WATCHDOG: Watchdog | None = None
 
 
-def start_watching(limit: float) -> None:
+def start_watching(limit: float, anew: bool = False) -> None:
     """Starts the watchdog of this process, once for each process group that it is in.
 
     Args:
         limit: seconds that a collective may wait.
+        anew: whether that counts for one that was started before.
     """
     global _WATCHDOG
-    world = dist.group.WORLD
-    if (_WATCHDOG is not None and _WATCHDOG.group is world) or dist.get_world_size() == 1:
+    there = watchdog()
+    if there is not None and anew:
+        there.limit = limit
+    if there is not None or dist.get_world_size() == 1:
         return
     if dist.get_backend() == "fake":  # virtual ranks, which nobody waits for
         return

@@ -72,6 +72,15 @@ def parted(folder: Path) -> None:
     trained(on_rank_1(dist.barrier))
 
 
+def branches(folder: Path) -> None:
+    model = trained(lambda step: None)
+    x = np.ones((8, 8))
+    if dist.get_rank() == 0:
+        model.predict(x, verbose=0)
+    else:
+        model.fit(x, x, verbose=0)
+
+
 def raises(folder: Path) -> None:
     def burn() -> None:
         raise RuntimeError("the disk of rank one is on fire")

@@ -21,7 +21,7 @@ from keras_tp.job import initialize
 from keras_tp.whereabouts import whereabouts
 
 MISHAPS = [
-    *("stopped", "busy", "late", "parted", "raises", "returns"),
+    *("stopped", "busy", "late", "parted", "branches", "raises", "returns"),
     *("saved_alone", "saved_while_busy", "replica_saved_alone", "loaded_alone", "absent"),
 ]
 
@@ -76,6 +76,15 @@ def test_ranks_that_wait_for_each_other_in_different_places(ended: dict[str, Any
     assert told.count("The job ends here") == 1, told
     assert "barrier" in told
     assert "programs have parted ways" in told
+
+
+def test_ranks_that_do_different_things_are_told_at_once(ended: dict[str, Any]) -> None:
+    """One trains where another predicts: their collectives are of one shape, and meet in silence."""
+    job = ended["branches"]
+    assert [rank["status"] for rank in job] == [1, 1]
+    for rank in range(2):
+        _said(job, rank, "ranks are given different inputs", "to train with", "to look at")
+    assert not any("The job ends here" in rank["said"] for rank in job)
 
 
 def test_the_others_of_a_rank_that_raised_say_so(ended: dict[str, Any]) -> None:
