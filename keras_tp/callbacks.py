@@ -47,6 +47,11 @@ _WRITERS = tuple(
     )
     if hasattr(keras.callbacks, name)
 )
+_BEGINNINGS = {
+    "on_train_begin": "trains",
+    "on_test_begin": "evaluates",
+    "on_predict_begin": "predicts",
+}
 _ENDS = ("on_epoch_end", "on_train_end", "on_test_end")
 # The attribute by which a callback ends what goes on, and which is looked at after the event.
 _STOPS = {
@@ -77,9 +82,9 @@ def attendance(model: Any, callbacks: list[Any]) -> Attendance | None:
 class AllRanks:
     """Has all ranks tell one list of callbacks alike; see `keras_tp.seam.callbacks.Attendance`.
 
-    Collective to make: two small all-reduces. So is each batch, if any rank has
-    callbacks (one), each end of an epoch (two small broadcasts), and each event
-    that a callback which writes files listens to.
+    Collective to make: two small all-reduces. So is each beginning (one), each batch,
+    if any rank has callbacks (one), each end of an epoch (two small broadcasts), and
+    each event that a callback which writes files listens to.
 
     Args:
         model: held by all ranks together.
@@ -106,7 +111,13 @@ class AllRanks:
         self.stop_together = anywhere(bool(given))
 
     def attend(self, event: str, given: dict[str, Any], tell: Callable[[list[Any]], None]) -> None:
-        """Tells them, and agrees on what comes of it."""
+        """Tells them, and agrees on what comes of it.
+
+        Raises:
+            LayoutError: on every rank, if one begins something else.
+        """
+        if event in _BEGINNINGS:
+            self._begin_together(_BEGINNINGS[event])
         if event in _ENDS:
             given["logs"] = broadcast_object(given.get("logs"))
         tell([self._acting(callback, event) for callback in given["self"].callbacks])
@@ -114,6 +125,16 @@ class AllRanks:
             self._stop_together(_STOPS[event])
         if event == "on_train_begin" and self.stop_together:
             set_initial_epoch(self.model, broadcast_object(initial_epoch(self.model)))
+
+    def _begin_together(self, what: str) -> None:
+        different = first_difference([what])
+        if different is not None:
+            first, rank, other = different
+            raise LayoutError(
+                f"rank 0 {first} where rank {rank} {other}. Every rank must do the same, in the "
+                "same order: nothing of it under `if rank == 0`.",
+                where=f"what ranks do with '{self.model.name}'",
+            )
 
     def _acting(self, callback: Any, event: str) -> Any:
         if isinstance(callback, _WRITERS) and listens(callback, event):

@@ -147,7 +147,13 @@ def _meet(address: str, rank: int, size: int, limit: timedelta) -> dist.Store:
     hosts_it = rank == 0 and not _in_torchrun()
     try:
         kept = dist.TCPStore(
-            host.strip("[]"), int(port), size, hosts_it, limit, wait_for_workers=False, multi_tenant=True
+            host.strip("[]"),
+            int(port),
+            size,
+            hosts_it,
+            limit,
+            wait_for_workers=False,
+            multi_tenant=True,
         )
     except (RuntimeError, ValueError) as error:
         raise LayoutError(

@@ -1,9 +1,10 @@
 """Fixtures: pools of real ranks, a fake group of virtual ones.
 
 Tests of real ranks run in two groups, each on one xdist worker and one after another: the matrix
-of layers, and all others. So there are two pools of each size at most; a pool that waits for its
-ranks' messages leaves the cores to the other. The rest runs where there is room. (Dealt out by
-file, two pools of four ranks were at work for longer, and all took longer.)
+of layers with some others, and the rest, which takes as long. So there are two pools of each size
+at most; a pool that waits for its ranks' messages leaves the cores to the other. What needs no
+ranks runs where there is room. (Dealt out by file, two pools of four ranks were at work for longer,
+and all took longer.)
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from keras_tp.tables import plain_table, render
 
 torch.set_num_threads(1)
 
+BESIDE_LAYERS = ("test_layers", "test_updates", "test_losses")
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
-            alone = item.path.stem == "test_layers"
-            item.add_marker(pytest.mark.xdist_group("layers" if alone else "ranks"))
+            group = "layers" if item.path.stem in BESIDE_LAYERS else "ranks"
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -316,9 +316,15 @@ def train(build: str, rows: int, axes: dict[str, int]) -> parity.Report:
     return parity.compare(globals()[build], {}, axes, data)
 
 
-@pytest.mark.parametrize("rows", [16, 5, 2, 1])
 @pytest.mark.parametrize("build", ["around", "whole_centred", "noisy", "contrasted", "remembering"])
-@pytest.mark.parametrize("axes", [{"batch": 2}, {"batch": 4}, {"batch": 2, "model": 2}])
+@pytest.mark.parametrize(
+    ("axes", "rows"),
+    [
+        *(({"batch": 2}, rows) for rows in (16, 5, 2, 1)),
+        *(({"batch": 4}, rows) for rows in (5, 2)),
+        *(({"batch": 2, "model": 2}, rows) for rows in (5, 1)),
+    ],
+)
 def test_training_on_any_number_of_rows(
     ranks: Any, build: str, rows: int, axes: dict[str, int]
 ) -> None:
