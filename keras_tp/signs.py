@@ -147,7 +147,10 @@ def _statements(
 def _statement(state: str, sign: Sign | None, brief: bool) -> tuple[str, str]:
     """What one rank does, and several do."""
     if sign is None:
-        return "never gave a sign of life.", "never gave a sign of life."
+        how = (
+            "never gave a sign of life: gone, or not yet come to keras_tp.initialize, parallelize."
+        )
+        return how, how
     if state == "silent":
         how = (
             "no sign of life: stopped, gone with its machine, or in code that holds the "

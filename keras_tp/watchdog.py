@@ -119,21 +119,21 @@ class Watchdog:
 
     def _end(self, sign: Sign) -> None:
         """Ends this process, unless it goes on meanwhile. The first rank to do so says why."""
-        last, self.ending = self._last, True
+        last, self.ending, first = self._last, True, True
         try:
             said = verdict(self.rank, sign, *self.two_signs())
-            first = self.store.add("told", 1) == 1
         except RuntimeError as error:
             said = (
                 f"rank {self.rank} has waited {sign.seconds:.0f} s in {sign.waits}, in "
                 f"{sign.where}, and the store in which the ranks have met does not answer "
                 f"({type(error).__name__}): its process, torchrun or rank 0, is stopped or gone."
             )
-            first = True
         self.sign()
         if self._last != last:
             self.ending = False
             return
+        with contextlib.suppress(RuntimeError):  # as above
+            first = self.store.add("told", 1) == 1
         if first:
             print(f"\nkeras_tp: {said}", file=sys.stderr, flush=True)
         _flush()
