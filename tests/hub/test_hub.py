@@ -177,7 +177,7 @@ def runs() -> Iterator[Any]:
         yield pytest.param(name, 2, False, 5e-5, marks=slow)
 
 
-@pytest.mark.parametrize(("name", "size", "float64", "allowed"), runs())
+@pytest.mark.parametrize(("name", "size", "float64", "allowed"), list(runs()))
 def test_numbers_of_one_process(
     ranks: Any, name: str, size: int, float64: bool, allowed: float
 ) -> None:
