@@ -19,14 +19,16 @@ from keras import ops
 
 from keras_tp.collectives import Axis, copy, split
 from keras_tp.computations import Computation, Contraction, Lookup
+from keras_tp.copies import Reader, SharedCopies
 from keras_tp.errors import LayoutWarning
 from keras_tp.heads import is_reverse, logits_of
+from keras_tp.late_gradients import Reading, contract
 from keras_tp.layouts import chunk_bounds
 from keras_tp.plans import StylePlan
 from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import is_stateless, is_symbolic, reading_shards
 from keras_tp.seam.rehearsals import masked
-from keras_tp.seam.variables import ShardedVariable, gathered_once
+from keras_tp.seam.variables import ShardedVariable, gathered_once, sharding_of
 
 
 class Stage:
@@ -62,6 +64,12 @@ class Stage:
         """The input as the computation wants it."""
         return x
 
+    def reading(self, x: torch.Tensor, call: Reader) -> Reading[Reader] | None:
+        """The input as it is read by all whose kernels' gradients can be computed while its own
+        is summed; None if `enter` gives all that there is.
+        """
+        return None
+
     def combine(self, y: torch.Tensor) -> torch.Tensor:
         """The bare result, before bias and activation, made a value from summands."""
         return y
@@ -69,30 +77,6 @@ class Stage:
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         """The output as the next layer wants it."""
         return y
-
-
-class SharedCopies:
-    """Copies of tensors for use on shards, one for all layers that read the same tensor."""
-
-    def __init__(self, axis: Axis):
-        self.axis = axis
-        self.made: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`; its gradient is summed over the axis once, whoever reads it."""
-        for source, made in self.made:
-            if source is x:
-                return made
-        made = copy(x, self.axis)
-        self.made.append((x, made))
-        return made
-
-
-class AsIs(SharedCopies):
-    """In place of copies of what was gathered for use on shards: its gradient is summed there."""
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 class ShardCall(ABC):
@@ -120,13 +104,21 @@ class ShardCall(ABC):
         """Whether the layer still computes with the weights it was planned with."""
         return all(getattr(self.layer, name) is v for name, v in self.weights.items())
 
-    def read(self, name: str) -> torch.Tensor:
-        """The weight as the computation wants it: a shard along some axes, full along others."""
+    def read(self, name: str, own: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight as the computation wants it: a shard along some axes, full along others.
+
+        Args:
+            name: of `weights`.
+            own: stands for what this rank stores of it.
+        """
         variable = self.weights[name]
         if not isinstance(variable, ShardedVariable):
             return variable.value
-        keep = {stage.axis.name for stage in self.stages if name in stage.plan.local}
-        return variable.full(keep)
+        return variable.full(self.kept_along(name), own)
+
+    def kept_along(self, name: str) -> set[str]:
+        """The axes along which the computation wants a shard of the weight."""
+        return {stage.axis.name for stage in self.stages if name in stage.plan.local}
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if is_symbolic() or is_stateless():
@@ -159,17 +151,7 @@ class ContractionCall(ShardCall):
     takes_tensor = True  # and nothing else that it would go by
 
     def compute(self, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        x, layer = inputs, self.layer
-        for stage in self.stages:
-            x = stage.enter(x)
-        kernel, equation = self.read("kernel"), self.computation.equation
-        # As Keras computes it, without what finds out that these are tensors of one dtype.
-        if equation and x.dtype.is_floating_point:
-            y = torch.einsum(equation, x, kernel)
-        elif not equation and x.dtype is kernel.dtype and x.dtype in _MULTIPLIED:
-            y = torch.matmul(x, kernel)
-        else:
-            y = ops.einsum(equation, x, kernel) if equation else ops.matmul(x, kernel)
+        layer, y = self.layer, self._product(inputs)
         for stage in self.stages:
             y = stage.combine(y)
         # A bias that is sharded like the output is added to the shard, another to
@@ -185,6 +167,29 @@ class ContractionCall(ShardCall):
                 y = stage.leave(y)
         return y if layer.activation is None else layer.activation(y)
 
+    def own_kernel(self) -> torch.Tensor | None:
+        """See `keras_tp.copies.Reader`."""
+        kernel = self.weights["kernel"]
+        sharding = sharding_of(kernel)
+        whole = sharding is None or not sharding.cut_only_along(self.kept_along("kernel"))
+        return None if whole else kernel.own()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        reading = self.stages[0].reading(x, self) if len(self.stages) == 1 else None
+        if reading is not None:
+            kernel = self.read("kernel", reading.kernels[self])
+            if _is_plain(x, kernel, self.computation):
+                return reading.times(self, kernel, self.computation)
+            x = reading.copy
+        else:
+            for stage in self.stages:
+                x = stage.enter(x)
+            kernel = self.read("kernel")
+        if _is_plain(x, kernel, self.computation):
+            return contract(x, kernel, self.computation)
+        equation = self.computation.equation
+        return ops.einsum(equation, x, kernel) if equation else ops.matmul(x, kernel)
+
     def _bias(self, y: torch.Tensor) -> torch.Tensor:
         """The bias, or where the output stays a shard, what of it belongs to that."""
         bias = self.read("bias")
@@ -193,6 +198,13 @@ class ContractionCall(ShardCall):
                 dim = bias_dim(stage.plan, self.computation, tuple(bias.shape))
                 bias = copy(bias, stage.axis) if dim is None else split(bias, dim, stage.axis)
         return bias
+
+
+def _is_plain(x: torch.Tensor, kernel: torch.Tensor, computation: Contraction) -> bool:
+    """Whether Keras only finds out that these are tensors of one dtype, which is left out."""
+    if computation.equation:
+        return x.dtype.is_floating_point
+    return x.dtype is kernel.dtype and x.dtype in _MULTIPLIED
 
 
 class LookupCall(ShardCall):

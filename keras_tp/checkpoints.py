@@ -21,7 +21,7 @@ from keras_tp.leading import held_together
 from keras_tp.manifests import Manifest, extra_problems, misfits
 from keras_tp.randomness import set_random_state
 from keras_tp.savings import Crew, Saving, Work
-from keras_tp.seam.variables import store
+from keras_tp.seam.stored import store
 from keras_tp.storage import read_part
 
 # The last that was begun. One is written at a time, for the threads of two would talk over each

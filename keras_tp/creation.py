@@ -14,8 +14,9 @@ from keras_tp.mesh import check_ranks
 from keras_tp.messages import broadcast, broadcast_into
 from keras_tp.seam.distribution import Role, layout_of, set_distribution_of, set_layout
 from keras_tp.seam.layers import hook_layers
+from keras_tp.seam.stored import set_tensor
 from keras_tp.seam.updates import hook_optimizers
-from keras_tp.seam.variables import become_sharded, local_tensor, set_awaiting_plan, set_tensor
+from keras_tp.seam.variables import become_sharded, local_tensor, set_awaiting_plan
 from keras_tp.shards import Shards
 
 

@@ -54,7 +54,7 @@ class DryStage:
 
 @dataclass
 class DryCopies:
-    """See `keras_tp.calls.SharedCopies`."""
+    """See `keras_tp.copies.SharedCopies`."""
 
     axis: DryAxis
     made: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -69,7 +69,7 @@ class DryCopies:
 
 
 class DryAsIs(DryCopies):
-    """See `keras_tp.calls.AsIs`."""
+    """See `keras_tp.copies.AsIs`."""
 
     def of(self, x: torch.Tensor, layer: str, of: str) -> torch.Tensor:
         return x

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import Shard
 
-from keras_tp.calls import ShardCall, SharedCopies, Stage
+from keras_tp.calls import ContractionCall, ShardCall, Stage
 from keras_tp.collectives import Axis
+from keras_tp.copies import Readers, SharedCopies
 from keras_tp.errors import LayoutWarning
 from keras_tp.regions import prove
 from keras_tp.rehearsal import Call, Member, Proof
@@ -99,6 +100,30 @@ class Kinds(Generic[P]):
         )
 
 
+class ReadersOf:
+    """Which calls share what they read, by what was proven.
+
+    Args:
+        members: layers that may.
+    """
+
+    def __init__(self, members: Sequence[tuple[Member, Stage]]):
+        self.calls = {member.number: member.layer.call for member, _ in members}
+        self.known: dict[Any, Readers] = {}
+
+    def of(self, groups: tuple[tuple[int, ...], ...]) -> Readers:
+        """See `keras_tp.copies.SharedCopies`.
+
+        Args:
+            groups: numbers of members; see `keras_tp.rehearsal.Proof`.
+        """
+        if groups not in self.known:
+            calls = [tuple(self.calls[n] for n in group) for group in groups]
+            able = [tuple(c for c in group if isinstance(c, ContractionCall)) for group in calls]
+            self.known[groups] = {call: group for group in able for call in group}
+        return self.known[groups]
+
+
 class RegionCall:
     """A layer's `call`, within which `members` may hand each other shards.
 
@@ -118,6 +143,7 @@ class RegionCall:
         self.owners: list[Owner] = walk_layers(layer)
         self.variables = variables_of(self.owners)
         self.calls: list[ShardCall] = [member.layer.call for member, _ in members]
+        self.readers = ReadersOf(members)
         self.kinds = Kinds(layer, self._prove, Proof())
         self.passed_over = False  # a call around it says what members do
 
@@ -132,7 +158,7 @@ class RegionCall:
         return self._call_open(proof, args, kwargs)
 
     def _call_open(self, proof: Proof, args: Any, kwargs: Any) -> Any:
-        copies = SharedCopies(self.axis)
+        copies = SharedCopies(self.axis, self.readers.of(proof.readers))
         divided = [(vars(self.owners[n].layer), name, value) for n, name, value in proof.divided]
         before = [attributes[name] for attributes, name, _ in divided]
         summed = [self.variables[n] for n in proof.summed]

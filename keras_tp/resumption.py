@@ -14,7 +14,8 @@ from keras_tp.randomness import random_state, set_random_state
 from keras_tp.savings import Saving
 from keras_tp.seam.callbacks import set_initial_epoch
 from keras_tp.seam.positions import Place, hook_positions, latest_position
-from keras_tp.seam.variables import local_tensor, store
+from keras_tp.seam.stored import store
+from keras_tp.seam.variables import local_tensor
 
 _UNITS = ("epochs", "steps")
 

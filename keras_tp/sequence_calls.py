@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from keras_tp.buckets import Buckets, summed
-from keras_tp.calls import AsIs, ShardCall, SharedCopies, Stage
+from keras_tp.calls import ShardCall, Stage
 from keras_tp.collectives import Axis, cut, gather
+from keras_tp.copies import AsIs, SharedCopies
 from keras_tp.gates import CUT, SEQUENCE, SUM, Gates, gated
 from keras_tp.handovers import members_along
 from keras_tp.plans import Plan
-from keras_tp.region_calls import Draws, Kinds, RegionCall, with_stages
+from keras_tp.region_calls import Draws, Kinds, ReadersOf, RegionCall, with_stages
 from keras_tp.rehearsal import Member
 from keras_tp.row_collectives import gather_weight
 from keras_tp.seam.contexts import (
@@ -66,6 +67,7 @@ class SequenceCall:
         self.calls: list[ShardCall] = [member.layer.call for member, _ in members]
         inner = [owners[region.layer].layer.call for region in plan.regions]
         self.inner = [c for c in inner if isinstance(c, RegionCall) and c.axis.name == axis.name]
+        self.readers = ReadersOf(members)
         self.kinds = Kinds(self.layer, self._prove, SequenceProof(reason="it is not looked at"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +90,8 @@ class SequenceCall:
 
     @contextlib.contextmanager
     def _open(self, proof: SequenceProof) -> Iterator[None]:
-        inner, copies = proof.inner, SharedCopies(self.axis)
+        inner = proof.inner
+        copies = SharedCopies(self.axis, self.readers.of(inner.readers))
         divided = [(vars(self.owners[n].layer), name, value) for n, name, value in inner.divided]
         before = [attributes[name] for attributes, name, _ in divided]
         for member, stage in self.members:

@@ -86,6 +86,10 @@ class Shards:
         """Whether ranks along the axis store different parts."""
         return any(cut.name == axis for cut, _ in self.cuts)
 
+    def cut_only_along(self, axes: Collection[str]) -> bool:
+        """Whether ranks store the same part along every other axis."""
+        return all(cut.name in axes for cut, _ in self.cuts)
+
     def distribute(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the first rank's `full`.
 

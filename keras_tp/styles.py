@@ -24,7 +24,9 @@ from torch.distributed.tensor.parallel import style as torch_style
 from keras_tp.calls import GatheredCall, Stage, shard_call
 from keras_tp.collectives import Axis, copy, gather, reduce, split
 from keras_tp.computations import Computation
+from keras_tp.copies import Reader, read_by
 from keras_tp.gates import SEQUENCE
+from keras_tp.late_gradients import Reading
 from keras_tp.meetings import AxisMeeting
 from keras_tp.outputs import ShardedOutput
 from keras_tp.plans import StylePlan
@@ -70,7 +72,8 @@ class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
 
     Forward one all-gather of the output, none where it is kept as a shard, or in one of Keras's
     steps is left open for the loss (`keras_tp.outputs`); backward one
-    all-reduce of the input's gradient (none for a lookup), for all that read the same together.
+    all-reduce of the input's gradient (none for a lookup), for all that read the same together,
+    beside which the kernels' gradients are computed (`keras_tp.late_gradients`).
     """
 
     def __init__(self, plan: StylePlan, computation: Computation):
@@ -81,6 +84,11 @@ class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         return copy(x, self.axis) if self.copies is None else self.copies.of(x)
+
+    def reading(self, x: torch.Tensor, call: Reader) -> Reading[Reader] | None:
+        if self.copies is None:
+            return read_by((call,), x, self.axis)
+        return self.copies.reading(x, call)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.plan.output, Shard)

@@ -18,6 +18,7 @@ import keras
 # Where collectives wait for other ranks, by module. Those of torch by any of its names.
 _COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
 _WAITS = {
+    ("keras_tp.late_gradients", "finish"): "all_reduce of an input's gradient",
     ("keras_tp.buckets", "finish"): "all_reduce of gradients in buckets",
     ("keras_tp.savings", "wait"): "a checkpoint that is being written",
     ("keras_tp.roll_calls", "call_roll"): "a roll call",

@@ -18,6 +18,7 @@ from keras import ops
 from keras.src import backend
 
 import keras_tp.collectives
+import keras_tp.late_gradients
 import keras_tp.styles
 from keras_tp import layouts
 from keras_tp.calls import ContractionCall, GatheredCall, LookupCall
@@ -41,9 +42,26 @@ def bias_once_per_rank() -> Any:
 
 def input_gradient_of_one_rank() -> Any:
     """nanotron #172; Megatron-LM #1446 and torchtitan #1373 for weights before it."""
-    return mock.patch.object(
-        keras_tp.collectives._Copy, "backward", staticmethod(lambda ctx, grad: (grad, None))
+    stack = contextlib.ExitStack()
+    copy = keras_tp.collectives._Copy
+    stack.enter_context(
+        mock.patch.object(copy, "backward", staticmethod(lambda ctx, grad: (grad, None)))
     )
+    late = keras_tp.late_gradients
+    stack.enter_context(mock.patch.object(late, "begin_sum", return_value=None))
+    stack.enter_context(mock.patch.object(late, "finish", return_value=None))
+    return stack
+
+
+def late_gradients_of_the_first_alone() -> Any:
+    """Kernels whose gradients are left for later, all but one of which are forgotten."""
+    right = keras_tp.late_gradients._Left.gradient
+
+    def gradient(self: Any) -> Any:
+        found = right(self)
+        return found if self.kernel == 0 or found is None else found * 0
+
+    return mock.patch.object(keras_tp.late_gradients._Left, "gradient", gradient)
 
 
 def input_gradient_padded_with_zeros() -> Any:

@@ -35,6 +35,15 @@ BREAKS: list[tuple[str, str, dict[str, Any], str]] = [
         {".*output/kernel": (None, "model", None)},
         "multi_head_attention/attention_output",
     ),
+    (
+        "late_gradients_of_the_first_alone",
+        "MultiHeadAttention",
+        {
+            ".*(query|key|value)/kernel": (None, "model", None),
+            ".*output/kernel": ("model", None, None),
+        },
+        "multi_head_attention",
+    ),
     ("ranks_in_the_groups_order", "Dense", {".*kernel": COLUMN}, "sequential/dense"),
     (
         "ranks_in_the_groups_order",

@@ -36,6 +36,9 @@ class Sharding(Protocol):
     def cut_along(self, axis: str) -> bool:
         """Whether ranks along the axis store different parts."""
 
+    def cut_only_along(self, axes: Collection[str]) -> bool:
+        """Whether ranks store the same part along every other axis."""
+
     def distribute(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the first rank's value."""
 

@@ -95,18 +95,26 @@ class ShardedVariable(_Variable):
             return self.full()
         return self._maybe_autocast(FullWeight.of(self))
 
-    def full(self, keep: Collection[str] = ()) -> torch.Tensor:
-        """The full value, gathered along every axis not in `keep`; differentiable. Collective."""
+    def full(self, keep: Collection[str] = (), own: torch.Tensor | None = None) -> torch.Tensor:
+        """The full value, gathered along every axis not in `keep`; differentiable. Collective.
+
+        `own` stands for what this rank stores of it.
+        """
         announce_read(self)
         replicas = current_replicas()
         along = None if replicas is None else replicas.axis
-        local = self._maybe_autocast(self._value if replicas is None else replicas.own(self))
+        local = self._maybe_autocast(self.own() if own is None else own)
         if self._gathered is None or keep:
             return self._sharding.full(local, keep, along)
         kind = local.dtype, torch.is_grad_enabled()
         if kind not in self._gathered:
             self._gathered[kind] = self._sharding.full(local, (), along)
         return self._gathered[kind]
+
+    def own(self) -> torch.Tensor:
+        """What this rank stores of it, for use on its rows."""
+        replicas = current_replicas()
+        return self._value if replicas is None else replicas.own(self)
 
     def _stand_in(self) -> torch.Tensor:
         # One element, shown as the full shape.
@@ -246,23 +254,6 @@ def awaits_plan(variable: Any) -> bool:
 def set_awaiting_plan(variable: ShardedVariable, awaiting: bool) -> None:
     """Sets what `awaits_plan` gives."""
     variable._awaits_plan = awaiting
-
-
-def set_tensor(variable: Any, tensor: torch.Tensor) -> None:
-    """Makes a whole variable live in the memory of `tensor`."""
-    if tensor.data_ptr() != variable._value.data_ptr():
-        variable._value.data = tensor
-
-
-def store(variable: Any, local: torch.Tensor) -> None:
-    """Makes `variable` store a copy of `local`: of a sharded one this rank's shard."""
-    if isinstance(variable, ShardedVariable | ReplicatedVariable):
-        variable._direct_assign(local)
-    elif variable._value.is_contiguous():
-        with torch.no_grad():
-            variable._value.copy_(local)
-    else:  # such as an expanded tensor, into which nothing can be written
-        variable._value.data = local.to(variable._value.device, copy=True)
 
 
 def local_tensor(variable: Any) -> torch.Tensor:
