@@ -46,7 +46,7 @@ PRODUCTS: list[tuple[Contraction, tuple[int, ...], tuple[int, ...], int, int]] =
     (einsum("...c,cd->...d"), (3, 5, 4), (4, 6), 1, -1),
     (einsum("abcd,cde->eab"), (3, 5, 4, 2), (4, 2, 6), 2, 0),
     (einsum("abc,dc->adb"), (3, 5, 4), (6, 4), 0, 1),
-    (einsum("cab,cd->dba"), (4, 3, 5), (4, 6), 1, 0),
+    (einsum("acb,cd->abd"), (3, 4, 5), (4, 6), 1, 2),
 ]
 
 
@@ -152,20 +152,20 @@ def test_whoever_reads_and_however_often_backward_runs(ranks: Any) -> None:
         assert max(worst.values()) < CLOSE, worst
 
 
-def beside() -> list[bool]:
+def beside() -> float:
     axis = axis_of(2)
     x, own = random(3, 4).requires_grad_(), part(random(4, 6), 1, axis)
     other = random(3, 4).requires_grad_()
-    read = Reading(x, {"": own}, axis).copy
-    (found,) = torch.autograd.grad((read + other).sum(), other, retain_graph=True)
-    (again, _) = torch.autograd.grad((read + other).sum(), (other, x))
-    return [bool((t == 1).all()) for t in (found, again)]
+    added = Reading(x, {"": own}, axis).copy + other
+    loss = (added**2).sum() / 2
+    (found,) = torch.autograd.grad(loss, other, retain_graph=True)
+    (again, _) = torch.autograd.grad(loss, (other, x))
+    return max(far(found, added), far(again, added))
 
 
 def test_a_gradient_that_others_hold_is_left_alone(ranks: Any) -> None:
     """An addition gives both its summands one gradient, and one of them sums it in place."""
-    for found in ranks(2)(beside):
-        assert all(found)
+    assert max(ranks(2)(beside)) < CLOSE
 
 
 class Fails(torch.autograd.Function):
