@@ -22,7 +22,7 @@ test: .venv/test
 
 # Writes tests/layers.md, with which the tests compare what they find.
 layers: .venv/test
-	$(BIN)/python -m pytest tests/test_layers.py --write-layers
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_layers.py --write-layers
 
 test-hub: .venv/hub
 	$(BIN)/python -m pytest -n 0 tests/hub
