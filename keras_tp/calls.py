@@ -9,6 +9,7 @@ own `call` runs.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from typing import Any
@@ -16,15 +17,17 @@ from typing import Any
 import keras
 import torch
 from keras import ops
+from torch.distributed.tensor import Partial
 
 from keras_tp.collectives import Axis, copy, split
 from keras_tp.computations import Computation, Contraction, Lookup
 from keras_tp.copies import Reader, SharedCopies
 from keras_tp.errors import LayoutWarning
 from keras_tp.heads import is_reverse, logits_of
-from keras_tp.late_gradients import Reading, contract
+from keras_tp.late_gradients import Reading
 from keras_tp.layouts import chunk_bounds
 from keras_tp.plans import StylePlan
+from keras_tp.products import contract, is_plain
 from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import is_stateless, is_symbolic, reading_shards
 from keras_tp.seam.rehearsals import masked
@@ -140,10 +143,6 @@ class ShardCall(ABC):
         """The layer's output, replicated, of its replicated input, and what else it is told."""
 
 
-# Of which Keras multiplies matrices as they are, on any device.
-_MULTIPLIED = torch.float32, torch.bfloat16
-
-
 class ContractionCall(ShardCall):
     """`activation(contract(x, kernel) + bias)`."""
 
@@ -160,7 +159,7 @@ class ContractionCall(ShardCall):
         for stage in self.stages:
             if "bias" not in stage.plan.local:
                 y = stage.leave(y)
-        if "bias" in self.weights:
+        if "bias" in self.weights and not self.adds_bias:
             y = torch.add(y, self._bias(y))
         for stage in self.stages:
             if "bias" in stage.plan.local:
@@ -174,21 +173,28 @@ class ContractionCall(ShardCall):
         whole = sharding is None or not sharding.cut_only_along(self.kept_along("kernel"))
         return None if whole else kernel.own()
 
+    @functools.cached_property
+    def adds_bias(self) -> bool:
+        """Whether the bias is added to the product itself, of which each rank has columns."""
+        return "bias" in self.weights and all(
+            "bias" in stage.plan.local and not isinstance(stage.plan.output, Partial)
+            for stage in self.stages
+        )
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         reading = self.stages[0].reading(x, self) if len(self.stages) == 1 else None
-        if reading is not None:
-            kernel = self.read("kernel", reading.kernels[self])
-            if _is_plain(x, kernel, self.computation):
-                return reading.times(self, kernel, self.computation)
-            x = reading.copy
-        else:
+        if reading is None:
             for stage in self.stages:
                 x = stage.enter(x)
-            kernel = self.read("kernel")
-        if _is_plain(x, kernel, self.computation):
-            return contract(x, kernel, self.computation)
-        equation = self.computation.equation
-        return ops.einsum(equation, x, kernel) if equation else ops.matmul(x, kernel)
+        kernel = self.read("kernel", None if reading is None else reading.kernels[self])
+        bias = self.read("bias") if self.adds_bias else None
+        if is_plain(x, kernel, bias, self.computation):
+            if reading is not None:
+                return reading.times(self, kernel, bias, self.computation)
+            return contract(x, kernel, bias, self.computation)
+        x, equation = x if reading is None else reading.copy, self.computation.equation
+        y = ops.einsum(equation, x, kernel) if equation else ops.matmul(x, kernel)
+        return y if bias is None else torch.add(y, bias)
 
     def _bias(self, y: torch.Tensor) -> torch.Tensor:
         """The bias, or where the output stays a shard, what of it belongs to that."""
@@ -198,13 +204,6 @@ class ContractionCall(ShardCall):
                 dim = bias_dim(stage.plan, self.computation, tuple(bias.shape))
                 bias = copy(bias, stage.axis) if dim is None else split(bias, dim, stage.axis)
         return bias
-
-
-def _is_plain(x: torch.Tensor, kernel: torch.Tensor, computation: Contraction) -> bool:
-    """Whether Keras only finds out that these are tensors of one dtype, which is left out."""
-    if computation.equation:
-        return x.dtype.is_floating_point
-    return x.dtype is kernel.dtype and x.dtype in _MULTIPLIED
 
 
 class LookupCall(ShardCall):

@@ -84,6 +84,11 @@ def reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return x if axis.size == 1 else _Reduce.apply(x, axis)
 
 
+def reduce_own(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """As `reduce`, in the memory of `x`, which nobody else reads, nor keeps for backward."""
+    return x if axis.size == 1 else _ReduceOwn.apply(x, axis)
+
+
 def gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
     """The shards `x` of every rank joined along `dim` (one all-gather).
 
@@ -141,6 +146,22 @@ class _Reduce(torch.autograd.Function):
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=axis.group)
         return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Copy.apply(grad, ctx.axis), None
+
+
+class _ReduceOwn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        if torch.compiler.is_compiling():
+            return functional.all_reduce(x.contiguous(), "sum", axis.known_as)
+        # (To autograd a view of `x` would be one, into which nobody may write.)
+        own = x.contiguous().data
+        dist.all_reduce(own, group=axis.group)
+        return own
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,26 @@ class Contraction:
     bias: str
     equation: str
     weights: tuple[str, ...]
+
+    @cached_property
+    def contracted(self) -> int | None:
+        """How many labels are summed over, if it is a product of matrices: the last labels of the
+        input are the first of the kernel, and the others those of the output. Otherwise None.
+        """
+        for count in range(1, len(self.kernel) + 1):
+            rest = self.input[:-count] + self.kernel[count:]
+            if (self.input[-count:], self.output) == (self.kernel[:count], rest):
+                return count
+        return None
+
+    @cached_property
+    def determined(self) -> bool:
+        """Whether each factor's gradient is a contraction of the other with the output's.
+
+        A label that only one factor has is summed away before they meet.
+        """
+        known, kernel, given = set(self.input), set(self.kernel), set(self.output)
+        return known <= kernel | given and kernel <= known | given
 
 
 @dataclass(frozen=True)

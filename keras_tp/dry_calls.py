@@ -16,7 +16,7 @@ from keras import ops
 from torch.distributed.tensor import Partial, Shard
 
 from keras_tp.computations import Contraction, Lookup
-from keras_tp.dry_collectives import DryAxis, DryMeeting, copy, gather, reduce, scatter, split
+from keras_tp.dry_collectives import DryAxis, DryMeeting, copy, gather, reduce_own, scatter, split
 from keras_tp.dry_drops import DryParts
 from keras_tp.dry_weights import DryWeights
 from keras_tp.gates import SEQUENCE
@@ -117,7 +117,7 @@ class DryShardCall:
         if stage.scattered:
             return scatter(y, SEQUENCE, stage.axis, self.path, "output")
         if isinstance(stage.plan.output, Partial):
-            return reduce(y, stage.axis, self.path, "output")
+            return reduce_own(y, stage.axis, self.path, "output")
         return y
 
     def _leave(self, stage: DryStage, y: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,16 @@ def reduce(x: torch.Tensor, axis: DryAxis, layer: str, of: str) -> torch.Tensor:
     return _Both.apply(x, lambda x: all_reduced(x, axis, layer, of), _same)
 
 
+def reduce_own(x: torch.Tensor, axis: DryAxis, layer: str, of: str) -> torch.Tensor:
+    """As `collectives.reduce_own`."""
+
+    def there(x: torch.Tensor) -> torch.Tensor:
+        axis.note("all_reduce", layer, of, x.nbytes)
+        return x.contiguous().data
+
+    return _Both.apply(x, there, _same)
+
+
 def gather(
     x: torch.Tensor, dim: int, total: int, axis: DryAxis, layer: str, of: str
 ) -> torch.Tensor:

@@ -23,7 +23,6 @@ buckets, `torch.autograd.grad`, sees gradients as from any other node.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -34,6 +33,7 @@ from torch._C import _current_graph_task_id
 
 from keras_tp.collectives import Axis, reduce
 from keras_tp.computations import Contraction
+from keras_tp.products import contract, of_bias, of_input, of_kernel
 
 R = TypeVar("R")
 
@@ -57,7 +57,7 @@ class _Left:
         factors, self.factors = self.factors, None
         if factors is None or factors[0] != _current_graph_task_id():
             return None
-        return _of_kernel(*factors[1:], self.computation)
+        return of_kernel(*factors[1:], self.computation)
 
 
 @dataclass
@@ -94,74 +94,46 @@ class Reading(Generic[R]):
         self._state.others = True
         return self._copy
 
-    def times(self, reader: R, kernel: torch.Tensor, computation: Contraction) -> torch.Tensor:
+    def times(
+        self, reader: R, kernel: torch.Tensor, bias: torch.Tensor | None, computation: Contraction
+    ) -> torch.Tensor:
         """The contraction of `x` with the reader's kernel, or with what was made of that.
 
-        (A cast to another dtype; its gradient passes that by.)
+        (A cast to another dtype; its gradient passes that by.) All are of one floating dtype.
         """
         number = list(self.kernels).index(reader)
         if not can_wait(self._copy, kernel, computation):
-            return contract(self.copy, kernel, computation)
+            return contract(self.copy, kernel, bias, computation)
         left = _Left(number, computation)
         self._state.left.append(left)
-        return _Product.apply(self._copy, kernel, left)
+        return _Product.apply(self._copy, kernel, bias, left)
 
 
 def can_wait(x: torch.Tensor, kernel: torch.Tensor, computation: Contraction) -> bool:
     """Whether a kernel's gradient can be computed apart from that of what it multiplies."""
-    return (
-        x.dtype is kernel.dtype
-        and x.dtype.is_floating_point
-        and kernel.requires_grad
-        and not torch.is_autocast_enabled(x.device.type)
-        and _determines(computation)
-    )
-
-
-@functools.cache
-def _determines(computation: Contraction) -> bool:
-    # A label that only one factor has is summed away before they meet.
-    known, kernel = set(computation.input), set(computation.kernel)
-    given = set(computation.output)
-    return known <= kernel | given and kernel <= known | given
-
-
-def contract(x: torch.Tensor, kernel: torch.Tensor, computation: Contraction) -> torch.Tensor:
-    """`x` times `kernel`, of one floating dtype, as Keras computes it."""
-    if computation.equation:
-        return torch.einsum(computation.equation, x, kernel)
-    return torch.matmul(x, kernel)
-
-
-def _of_input(grad: torch.Tensor, kernel: torch.Tensor, c: Contraction) -> torch.Tensor:
-    if not c.equation:
-        given = torch.mm(grad.reshape(-1, grad.shape[-1]), kernel.T)
-        return given.reshape(*grad.shape[:-1], kernel.shape[0])
-    return torch.einsum(f"{c.output},{c.kernel}->{c.input}", grad, kernel)
-
-
-def _of_kernel(x: torch.Tensor, grad: torch.Tensor, c: Contraction) -> torch.Tensor:
-    if not c.equation:
-        return torch.mm(x.reshape(-1, x.shape[-1]).T, grad.reshape(-1, grad.shape[-1]))
-    return torch.einsum(f"{c.input},{c.output}->{c.kernel}", x, grad)
+    wanted = kernel.requires_grad and computation.determined
+    return wanted and not torch.is_autocast_enabled(x.device.type)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kernel: torch.Tensor, left: _Left) -> torch.Tensor:
-        ctx.save_for_backward(x, kernel)
+    def forward(
+        ctx: Any, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None, left: _Left
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, kernel, bias)
         ctx.left = left
-        return contract(x, kernel, left.computation)
+        return contract(x, kernel, bias, left.computation)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, kernel = ctx.saved_tensors
+        x, kernel, bias = ctx.saved_tensors
         left: _Left = ctx.left
-        given = _of_input(grad, kernel, left.computation)
+        given = of_input(grad, kernel, left.computation)
+        added = None if bias is None else of_bias(grad, bias)
         if torch.is_grad_enabled():
-            return given, _of_kernel(x, grad, left.computation), None
+            return given, of_kernel(x, grad, left.computation), added, None
         left.leave(x, grad)
-        return given, None, None
+        return given, None, added, None
 
 
 class _Read(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import style as torch_style
 
 from keras_tp.calls import GatheredCall, Stage, shard_call
-from keras_tp.collectives import Axis, copy, gather, reduce, split
+from keras_tp.collectives import Axis, copy, gather, reduce_own, split
 from keras_tp.computations import Computation
 from keras_tp.copies import Reader, read_by
 from keras_tp.gates import SEQUENCE
@@ -64,7 +64,7 @@ class _ShardStyle(Stage):
         return gather(y, dim, self.plan.size, self.axis)
 
     def _sum(self, y: torch.Tensor) -> torch.Tensor:
-        return scatter(y, SEQUENCE, self.axis) if self.scattered else reduce(y, self.axis)
+        return scatter(y, SEQUENCE, self.axis) if self.scattered else reduce_own(y, self.axis)
 
 
 class ColwiseParallel(_ShardStyle, torch_style.ColwiseParallel):

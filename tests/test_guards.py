@@ -68,6 +68,7 @@ DECIDE = {
     "pairings",
     "planner",
     "problems",
+    "products",
     "reasons",
     "recollection",
     "regions",

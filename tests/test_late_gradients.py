@@ -27,6 +27,7 @@ from keras_tp import late_gradients
 from keras_tp.collectives import Axis, gather
 from keras_tp.computations import Contraction
 from keras_tp.late_gradients import Reading
+from keras_tp.products import contract
 
 CLOSE = 1e-12  # sums in another order
 
@@ -72,14 +73,14 @@ def both(
 
     def sharded(x: Any, kernel: Any) -> Any:
         reading = Reading(x, {"": kernel}, axis)
-        y = reading.times("", reading.kernels[""], computation)
+        y = reading.times("", reading.kernels[""], None, computation)
         return gather(y, out % y.dim(), full.shape[dim], axis)
 
     whole = full.clone().requires_grad_()
     one = values(
         source.clone().requires_grad_(),
         whole,
-        lambda x, k: late_gradients.contract(x, k, computation),
+        lambda x, k: contract(x, k, None, computation),
     )
     many = values(source.clone().requires_grad_(), part(full, dim, axis), sharded)
     kernels = [2, 4, 6]
@@ -113,7 +114,7 @@ def several() -> dict[str, float]:
 
         def times(made: Any, reader: str = "first") -> Any:
             assert made is x
-            y = reading.times(reader, reading.kernels[reader], DENSE)
+            y = reading.times(reader, reading.kernels[reader], None, DENSE)
             return gather(y, 1, 6, axis)
 
         found = loss(x, times, reading)
@@ -192,8 +193,8 @@ def after_others(fails: bool) -> float:
     reading = Reading(x, {"a": own, "b": own}, axis)
     Fails.failed = not fails
     # Of the two products the younger has run when the other's output raises.
-    first = Fails.apply(reading.times("a", reading.kernels["a"], DENSE))
-    second = reading.times("b", reading.kernels["b"], DENSE)
+    first = Fails.apply(reading.times("a", reading.kernels["a"], None, DENSE))
+    second = reading.times("b", reading.kernels["b"], None, DENSE)
     both = (first * 2 + second).sum()
     with pytest.raises(RuntimeError, match="once") if fails else contextlib.nullcontext():
         torch.autograd.grad(both, own, retain_graph=True)
@@ -212,7 +213,7 @@ def cast() -> tuple[torch.dtype, float]:
     axis = axis_of(2)
     x, own = random(3, 4).bfloat16().requires_grad_(), part(random(4, 6).float(), 1, axis)
     reading = Reading(x, {"": own}, axis)
-    y = reading.times("", reading.kernels[""].bfloat16(), DENSE)
+    y = reading.times("", reading.kernels[""].bfloat16(), None, DENSE)
     (found,) = torch.autograd.grad(y.sum(), own)
     (wanted,) = torch.autograd.grad((x @ own.bfloat16()).sum(), own)
     return found.dtype, far(found, wanted)
@@ -244,7 +245,7 @@ def recorded_step() -> list[str]:
     model.train_on_batch(x, y)
     begin, learn, end = (
         noted("begin", late_gradients.begin_sum),
-        noted("kernel", late_gradients._of_kernel),
+        noted("kernel", late_gradients.of_kernel),
         noted("end", late_gradients.finish),
     )
     with begin, learn, end:
