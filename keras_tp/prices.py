@@ -245,9 +245,10 @@ def _notes_on_outputs(plan: Plan, model: Any, targets: Any, found: Found) -> lis
         shard = (
             f", and communicate about that of {heads[0]!r}, which stays a shard" if heads else ""
         )
+        wanted = "give targets" if has_loss(model) else "compile the model with them, give targets"
         return [
-            "the loss and metrics are not counted: give targets. They keep tensors of the size of "
-            f"the outputs{shard}."
+            f"the loss and metrics are not counted: {wanted} (in the shell --targets). They keep "
+            f"tensors of the size of the outputs{shard}."
         ]
     if heads and not has_metrics(model):
         return [

@@ -1,9 +1,10 @@
 """What a plan says that metrics send of outputs that stay shards, against what ranks send.
 
-Seen to fail: metrics that are updated before the loss, once for all of a list, or without what
-weighs them; ones built by the price and left so; a shard of classes kept in a metric's state
-without the gather that writing it takes; a failing metric that ends the others; an output that
-is gathered twice; axes taken for each other.
+Seen to fail: metrics counted with the loss, or without what weighs them; ones that are built by the
+price and left so; a shard of classes that is kept in a metric's state without the gather that
+writing it takes; a failing metric that ends the others, or is named though it has nothing to ask;
+an output that is gathered twice, or that a cast to what it is makes another; an axis taken for
+another.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class PerClass(keras.metrics.Metric):
         self.total.assign(self.total + summed)
 
     def result(self) -> Any:
-        return ops.max(self.total)
+        return ops.sum(self.total)  # (a shard would give a sum for ranks to add)
 
 
 def labels() -> Any:
@@ -360,9 +361,10 @@ def test_what_is_not_counted_of_metrics_is_said() -> None:
     batch = (4, TOKENS)
     model, plan = prepared()
     said = " ".join(plan.cost(model, batch).notes)
-    assert "loss and metrics are not counted: give targets" in said
+    assert "loss and metrics are not counted: compile the model with them, give targets" in said
     assert "communicate about that of 'head', which stays a shard" in said
     model.compile("sgd", labels())
+    assert "loss and metrics are not counted: give targets" in str(plan.cost(model, batch))
     cost = plan.cost(model, batch, targets=batch)
     assert any("no metrics, and none are counted" in note for note in cost.notes)
     assert not cost.collectives("metrics")
