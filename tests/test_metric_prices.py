@@ -255,7 +255,7 @@ def test_metrics_send_what_is_planned(ranks: Any, mesh: dict[str, int]) -> None:
     """An accuracy of a shard that was taken to be free; a gather for each metric where the first
     one's is kept; sums along the wrong axis; rows of one replica where all are looked at.
     """
-    for found in ranks(mesh["batch"] * mesh["model"])(measured, mesh):
+    for found in ranks(mesh["batch"] * mesh["model"])(measured, mesh, timeout=180):
         for name, (price, by_hand, by_keras, notes) in found.items():
             assert price == by_hand, name
             assert added(price) == by_keras, name
