@@ -31,15 +31,19 @@ def shapes_of(given: str) -> list[tuple[int, ...]]:
     return shapes
 
 
-def positive(given: str) -> float:
-    """A number of which there is something."""
-    try:
-        number = float(given)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{given!r} is not a number of GB/s")
-    return number
+def number_of(unit: str) -> Callable[[str], float]:
+    """What takes a number of which there is something."""
+
+    def check(given: str) -> float:
+        try:
+            number = float(given)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"{given!r} is not a number of {unit}")
+        return number
+
+    return check
 
 
 def file_with(ending: str) -> Callable[[str], str]:

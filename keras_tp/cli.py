@@ -32,7 +32,7 @@ from typing import Any
 import keras
 
 from keras_tp.api import plan as make_plan
-from keras_tp.arguments import file_with, mesh_of, positive, shapes_of
+from keras_tp.arguments import file_with, mesh_of, number_of, shapes_of
 from keras_tp.costs import slots_of, stored_bytes
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.layouts import MeshShape
@@ -47,6 +47,13 @@ _VALUES = (
     "keras-tp builds the model without values. If that is what fails here, --allocate builds it "
     "with all its weights."
 )
+
+
+_CALLED = (
+    "keras-tp called the model, its loss and its metrics without values, on --batch and --targets "
+    "of these shapes. Of several inputs or outputs give 64,1024:64,16."
+)
+_WANTS = {"bandwidth": "batch", "targets": "batch", "compute": "bandwidth"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plan = make_plan(
                 model, layout_map, strict=options.strict, batch_axis=options.batch_axis
             )
-        if options.bandwidth is not None and options.batch is None:
-            raise _UsageError("--bandwidth is for the price of a step: give --batch.")
+        for name, other in _WANTS.items():
+            if getattr(options, name) is not None and getattr(options, other) is None:
+                raise _UsageError(f"--{name} is for the price of a step: give --{other}.")
     except _UsageError as error:
         parser.error(str(error))
     except LayoutError as error:
@@ -92,11 +100,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _print_cost(plan: Plan, model: Any, options: argparse.Namespace) -> None:
     bandwidth = None if options.bandwidth is None else options.bandwidth * 1e9
+    compute = None if options.compute is None else options.compute * 1e12
+    batch, targets = (
+        shapes[0] if shapes is not None and len(shapes) == 1 else shapes
+        for shapes in (options.batch, options.targets)
+    )
     try:
-        cost = plan.cost(model, options.batch[0] if len(options.batch) == 1 else options.batch)
+        cost = plan.cost(model, batch, targets=targets)
     except ValueError as error:
-        sys.exit(f"keras-tp: --batch: {error}")
-    print(f"\n{cost_table(cost, bandwidth)}")
+        sys.exit(f"keras-tp: the price of a step: {error}")
+    except Exception as error:
+        error.add_note(_CALLED)
+        raise
+    print(f"\n{cost_table(cost, bandwidth, compute)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,10 +154,24 @@ def _parser() -> argparse.ArgumentParser:
         "64,1024; of several inputs 64,1024:64,16",
     )
     plan.add_argument(
+        "--targets",
+        type=shapes_of,
+        metavar="SHAPE",
+        help="shapes of what outputs are compared with, by the loss and metrics that the model is "
+        "compiled with: these are then part of the price",
+    )
+    plan.add_argument(
         "--bandwidth",
-        type=positive,
+        type=number_of("GB/s"),
         metavar="GB/s",
-        help="what a rank can send, to tell how long a step communicates",
+        help="bytes that a rank can send (a network of 400 Gbit/s: 50), to tell how long a step "
+        "communicates",
+    )
+    plan.add_argument(
+        "--compute",
+        type=number_of("TFLOP/s"),
+        metavar="TFLOP/s",
+        help="what a rank computes (not at best: as it trains), to tell the share of communication",
     )
     return parser
 

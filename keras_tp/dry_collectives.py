@@ -222,22 +222,29 @@ class DryMeeting:
     def rank(self) -> int:
         return self.axis.rank
 
+    @property
+    def _of(self) -> str:
+        return "metrics" if self.axis.ledger.phase == "metrics" else "loss"
+
     def total(self, x: torch.Tensor) -> torch.Tensor:
-        return all_reduced(x, self.axis, self.layer, "loss")
+        return all_reduced(x, self.axis, self.layer, self._of)
 
     def highest(self, x: torch.Tensor) -> torch.Tensor:
-        return all_reduced(x, self.axis, self.layer, "loss")
+        return all_reduced(x, self.axis, self.layer, self._of)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce(x, self.axis, self.layer, "loss")
+        return reduce(x, self.axis, self.layer, self._of)
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
-        return copy(x, self.axis, self.layer, "loss")
+        return copy(x, self.axis, self.layer, self._of)
 
     def split(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        return split(x, dim, self.axis, self.layer, "loss")
+        return split(x, dim, self.axis, self.layer, self._of)
 
     def gather(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
+        return gather(x, dim, total, self.axis, self.layer, self._of)
+
+    def whole(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
         return gather(x, dim, total, self.axis, self.layer, "output")
 
     @contextlib.contextmanager

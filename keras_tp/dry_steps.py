@@ -20,9 +20,10 @@ from keras_tp.handovers import members_along
 from keras_tp.ledger import Ledger, Traffic
 from keras_tp.live_bytes import FusedAttention, LiveBytes
 from keras_tp.optimizers import inner_optimizers, updates_elementwise
-from keras_tp.outputs import part_of
+from keras_tp.outputs import is_sharded, part_of
 from keras_tp.plans import Plan
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.metrics import metrics_in_training
 from keras_tp.seam.rehearsals import rehearsal
 from keras_tp.seam.rows import share_statistics
 from keras_tp.seam.steps import (
@@ -43,16 +44,18 @@ class Found:
 
     Attributes:
         traffic: what it would send.
-        activations: bytes alive at most in forward and backward, besides parameters and a
-            gradient of each.
-        flops: floating-point operations of forward and backward.
+        activations: bytes alive at most in forward, backward and metrics, besides parameters
+            and a gradient of each.
+        flops: floating-point operations of these.
         shared: whether replicas share out the rows.
+        uncounted: names of metrics that need values, and what each fails with without them.
     """
 
     traffic: tuple[Traffic, ...]
     activations: int
     flops: int
     shared: bool
+    uncounted: dict[str, Exception]
 
 
 class DryStep:
@@ -77,13 +80,16 @@ class DryStep:
         paths = [path_of[id(v)] for v in self.variables]
         self.weights = DryWeights(plan, self.variables, paths, self.axes, rank, self.ledger)
 
-    def run(self, batch: Any, targets: Any, slots: Slots | None) -> Found:
+    def run(
+        self, batch: Any, targets: Any, slots: Slots | None, sample_weight: Any = None
+    ) -> Found:
         """Makes the step; the model is as before.
 
         Args:
             batch: shapes or arrays, as `keras_tp.prices.price` takes them.
-            targets: the same of targets; with None there is no loss.
+            targets: the same of targets; with None there are no loss and no metrics.
             slots: what the optimizer keeps; None where there is no optimizer.
+            sample_weight: as targets, of what weighs them.
         """
         calls, rows_call = self._calls()
         attributes = [] if targets is None else own_loss(self.model)
@@ -103,7 +109,7 @@ class DryStep:
             if rows_call is not None:
                 rows_call.losses = losses
             with live, FusedAttention():
-                self._forward_and_backward(batch, targets, losses)
+                uncounted = self._step(batch, targets, sample_weight, losses)
         self._update(slots)
         kept = sum(t.nbytes for t in known) + sum(t.nbytes for t in self.weights.trained)
         return Found(
@@ -111,11 +117,17 @@ class DryStep:
             live.peak - kept,
             live.flops,
             rows_call is not None and rows_call.shared,
+            uncounted,
         )
 
-    def _forward_and_backward(self, batch: Any, targets: Any, losses: list[torch.Tensor]) -> None:
+    def _step(
+        self, batch: Any, targets: Any, sample_weight: Any, losses: list[torch.Tensor]
+    ) -> dict[str, Exception]:
+        """All but the update; gives what could not be counted of metrics."""
         x = batch_without_values(self.model, batch)
-        y = None if targets is None else like_without_values(targets)
+        y, weights = (
+            None if n is None else like_without_values(n) for n in (targets, sample_weight)
+        )
         # Those of the step before, of which Keras lets go only here.
         gradients = [torch.empty_like(tensor) for tensor in self.weights.trained]
         outputs = outputs_in_training(self.model, x)
@@ -125,10 +137,15 @@ class DryStep:
             heads += [loss for loss in losses if _has_gradient(loss)]
             seeds = [torch.empty_like(head) for head in heads]
         else:
-            heads, seeds = [loss_in_training(self.model, x, y, outputs)], [None]  # type: ignore[list-item]
+            heads = [loss_in_training(self.model, x, y, outputs, weights)]
+            seeds = [None]  # type: ignore[list-item]
         self.ledger.phase = "backward"
         if heads and any(head.requires_grad for head in heads):
             torch.autograd.backward(heads, seeds)
+        if y is None:
+            return {}
+        self.ledger.phase = "metrics"  # (after the update, which is written down at the end)
+        return metrics_in_training(self.model, x, y, outputs, weights, _has_shard)
 
     def _called(self, calls: dict[int, Call]) -> list[Owner]:
         return [owner for owner in self.owners if id(owner.layer) in calls]
@@ -229,6 +246,10 @@ class DryStep:
     def _note_sum(self, of: str, size: int) -> None:
         ranks = self.plan.mesh.size
         self.ledger.note("all_reduce", "all", ranks, self.path, of, size)
+
+
+def _has_shard(nest: Any) -> bool:
+    return any(is_sharded(leaf) for leaf in keras.tree.flatten(nest))
 
 
 def _has_gradient(leaf: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-PHASES = ("forward", "backward", "optimizer")
+PHASES = ("forward", "backward", "optimizer", "metrics")
 
 # What each rank of a ring of n sends of a tensor, in (n - 1) / n of its bytes.
 _TIMES_AROUND = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
@@ -21,7 +21,7 @@ class Traffic:
         ranks: how many take part.
         layer: path of the layer that causes it; of the model for what concerns all of it.
         of: what travels, e.g. `"output"`, `"input gradient"`, or a weight's name.
-        phase: `"forward"`, `"backward"` or `"optimizer"`.
+        phase: `"forward"` (with the loss), `"backward"`, `"optimizer"` or `"metrics"`.
         count: how many there are in a step.
         bytes: of all of them together, each counted as the largest tensor in it: what an
             all-reduce sums, what an all-gather gives, what a reduce-scatter takes (with the

@@ -50,6 +50,9 @@ class Meeting(Protocol):
     def gather(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
         """See `keras_tp.collectives.gather`."""
 
+    def whole(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
+        """Gathers likewise the output itself, of which `x` is this rank's part."""
+
     def looking(self) -> AbstractContextManager[None]:
         """While open, functions are called only to see what they do."""
 

@@ -46,8 +46,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         self._collects = gc.isenabled()
-        gc.collect()
-        gc.freeze()  # what is there is no garbage, and looking for garbage is quick
+        gc.freeze()  # what is there is not looked at, and looking for garbage is quick
         gc.disable()
         return super().__enter__()
 

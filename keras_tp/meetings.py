@@ -52,5 +52,8 @@ class AxisMeeting:
     def gather(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
         return gather(x, dim, total, self.axis)
 
+    def whole(self, x: torch.Tensor, dim: int, total: int) -> torch.Tensor:
+        return gather(x, dim, total, self.axis)
+
     def looking(self) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()

@@ -99,7 +99,7 @@ def whole(output: ShardedOutput) -> torch.Tensor:
     if output.gathered is None:
         part = output.part
         with torch.set_grad_enabled(part.requires_grad or torch.is_grad_enabled()):
-            output.gathered = output.meeting.gather(
+            output.gathered = output.meeting.whole(
                 part, output.along, part.shape[output.along] * output.meeting.parts
             )
         masked(output.gathered, keras_mask(output))
@@ -167,6 +167,8 @@ def _apart(
         if not known:
             raise Unproven(f"{name} is not known to keep shards apart")
         result = func(*local[0], **local[1])
+        if result is first.part:  # a cast to what it is: then a gather serves this one, too
+            return first
         if not isinstance(result, torch.Tensor):
             raise Unproven(f"{name} gives no tensor")
         size = first.part.shape[first.along]

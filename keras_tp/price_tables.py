@@ -6,12 +6,15 @@ from keras_tp.prices import Cost
 from keras_tp.tables import plain_table, render, size_text
 
 
-def cost_table(cost: Cost, bandwidth: float | None = None) -> str:
+def cost_table(
+    cost: Cost, bandwidth: float | None = None, flops_per_second: float | None = None
+) -> str:
     """The price of a step.
 
     Args:
         cost: the price.
         bandwidth: bytes per second that a rank sends, for a line more.
+        flops_per_second: what a rank computes, for the share of a step in that line.
     """
     table = plain_table("phase", "collective", "along", "ranks", "of", "count", "bytes", "sent")
     groups: dict[tuple[str, str, str, str, str], tuple[int, int, float]] = {}
@@ -31,16 +34,36 @@ def cost_table(cost: Cost, bandwidth: float | None = None) -> str:
         f"communication: {sum(t.count for t in cost.traffic)} collectives; each rank sends "
         f"{size_text(cost.sent)} if ranks stand in rings. Computation: {_flops_text(cost.flops)}.",
     ]
-    if bandwidth is not None and cost.sent:
-        seconds = cost.seconds(bandwidth)
-        lines.append(
-            f"at {bandwidth / 1e9:g} GB/s it communicates for {_time_text(seconds)} (latency not "
-            f"counted), as long as a rank computes that does {_flops_text(cost.flops / seconds)}/s."
-        )
+    if bandwidth is not None:
+        lines.append(_time_line(cost, bandwidth, flops_per_second))
     lines += [f"note: {note}" for note in cost.notes]
     if not groups:
         return render("\n".join(lines))
     return render(lines[0], table, "", "\n".join(lines[1:]))
+
+
+def _time_line(cost: Cost, bandwidth: float, flops_per_second: float | None) -> str:
+    """How long a step communicates, and what that is of it."""
+    if not cost.sent:
+        return "nothing is sent, at whatever bandwidth."
+    seconds = cost.seconds(bandwidth)
+    along: dict[str, float] = {}
+    for traffic in cost.traffic:
+        axis = "all ranks" if traffic.axis == "all" else traffic.axis
+        along[axis] = along.get(axis, 0.0) + traffic.sent / bandwidth
+    parts = ", ".join(f"{_time_text(part)} along {axis}" for axis, part in along.items())
+    said = f"at {bandwidth / 1e9:g} GB/s along every axis it communicates for {_time_text(seconds)}"
+    said += f" ({parts})" if len(along) > 1 else ""
+    said += ", latency not counted"
+    if flops_per_second is None:
+        speed = _flops_text(cost.flops / seconds)
+        share = f"half of a step of ranks that compute {speed}/s, less of slower ones"
+    else:
+        computing = _time_text(cost.flops / flops_per_second)
+        said += f", and computes for {computing} at {_flops_text(flops_per_second)}/s"
+        part = cost.share(bandwidth, flops_per_second=flops_per_second)
+        share = f"communication is {100 * part:.3g} % of a step"
+    return f"{said}: {share}, were nothing done meanwhile."
 
 
 def _flops_text(flops: float) -> str:

@@ -5,8 +5,8 @@ that rank's shapes that have no values (torch's meta device), with functions in 
 the collectives that write down what they would send. So a gradient that nobody wants is not
 sent here either, and a layer that is called twice sends twice.
 
-Exact, to the byte: the collectives of forward, backward and the update. Measured: the peak
-of activations, of what torch would hold on CPUs. `Cost.notes` says what is not counted.
+Exact, to the byte: the collectives of forward, backward, the update and the metrics. Measured:
+the peak of activations, of what torch would hold on CPUs. `Cost.notes` says what is not counted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from keras_tp.costs import StoredBytes, slots_of, stored_bytes
-from keras_tp.dry_steps import DryStep, layers_named
+from keras_tp.dry_steps import DryStep, Found, layers_named
 from keras_tp.errors import LayoutError
 from keras_tp.ledger import Traffic
 from keras_tp.optimizers import inner_optimizers
 from keras_tp.plans import Plan, VariablePlan
 from keras_tp.problems import check_model
 from keras_tp.seam.layers import variables_of, walk_layers
+from keras_tp.seam.metrics import has_metrics
 from keras_tp.seam.rehearsals import is_computed_again
 from keras_tp.seam.steps import has_loss
 
@@ -36,11 +37,11 @@ class Cost:
         ranks: how many there are.
         batch: the shapes of the whole batch, in words.
         stored: bytes that stay from step to step: parameters, gradients, optimizer slots.
-        activations: bytes that come on top of them at most, in forward and backward: what
-            layers keep for backward, weights gathered for a call, inputs, outputs, the loss.
+        activations: bytes that come on top of them at most, in forward, backward and metrics:
+            what layers keep for backward, weights gathered for a call, inputs, outputs, the loss.
         traffic: the collectives of a step, by phase, kind, axis, layer and what travels.
-        flops: floating-point operations of the rank's forward and backward: matrix
-            products, convolutions and attention.
+        flops: floating-point operations of the rank's forward and backward (and metrics):
+            matrix products, convolutions and attention.
         notes: what is not counted, or not exactly, a sentence each.
     """
 
@@ -55,7 +56,7 @@ class Cost:
 
     @property
     def peak(self) -> int:
-        """Bytes in the fullest moment of forward and backward."""
+        """Bytes in the fullest moment of forward, backward and metrics."""
         return self.stored.total + self.activations
 
     def collectives(self, phase: str) -> Counter[str]:
@@ -123,15 +124,21 @@ class Cost:
 
 
 def price(
-    plan: Plan, model: Any, batch: Any, *, targets: Any = None, rank: int | None = None
+    plan: Plan,
+    model: Any,
+    batch: Any,
+    *,
+    targets: Any = None,
+    sample_weight: Any = None,
+    rank: int | None = None,
 ) -> Cost:
     """What one training step of `model` costs by `plan`.
 
     Needs no process group, no device and no memory: the model may be one whose weights have
     no values, planned for ranks there are not. It is as before afterwards.
 
-    A step is Keras's `train_step` on a whole batch, not compiled: forward, loss, backward and
-    the update of the optimizer that the model is compiled with.
+    A step is Keras's `train_step` on a whole batch, not compiled: forward, loss, backward, the
+    update of the optimizer and that of the metrics that the model is compiled with.
 
     Args:
         plan: made for this model.
@@ -139,9 +146,10 @@ def price(
         batch: the shape of the whole batch, of all replicas: a tuple of ints, or for several
             inputs a list or dict of such, as the model takes them. Or a batch itself, arrays
             of which only shapes and dtypes matter.
-        targets: what the loss is given besides outputs: shapes (of floats), or arrays. With
-            None the loss, and what it takes for memory, is not counted, and backward begins at
-            the outputs.
+        targets: what the loss and metrics are given besides outputs: shapes (of floats), or
+            arrays. With None these are not counted, nor what they take for memory, and backward
+            begins at the outputs.
+        sample_weight: what weighs them, as `fit` takes it: shapes, or arrays. It wants targets.
         rank: which rank's; by default the first, which stores and computes as much as any.
 
     Raises:
@@ -162,11 +170,13 @@ def price(
         raise ValueError(f"the mesh ({plan.mesh}) has no rank {rank}.")
     if targets is not None and not has_loss(model):
         raise ValueError("targets are for the loss, and the model is compiled with none.")
+    if targets is None and sample_weight is not None:
+        raise ValueError("sample_weight weighs what is done with targets: give both.")
     try:
         slots, unknown = slots_of(model), ""
     except ValueError as error:
         slots, unknown = None, f"{error} "
-    found = DryStep(plan, model, rank).run(batch, targets, slots)
+    found = DryStep(plan, model, rank).run(batch, targets, slots, sample_weight)
     return Cost(
         rank=rank,
         ranks=plan.mesh.size,
@@ -175,7 +185,7 @@ def price(
         activations=found.activations,
         traffic=found.traffic,
         flops=found.flops,
-        notes=tuple(_notes(plan, model, targets, found.shared, unknown)),
+        notes=tuple(_notes(plan, model, targets, found, unknown)),
     )
 
 
@@ -198,14 +208,10 @@ def _in_words(batch: Any) -> str:
     return ", ".join(map(_in_words, batch))
 
 
-def _notes(plan: Plan, model: Any, targets: Any, shared: bool, unknown: str) -> list[str]:
+def _notes(plan: Plan, model: Any, targets: Any, found: Found, unknown: str) -> list[str]:
     owners = walk_layers(model)
     optimizer = getattr(model, "optimizer", None)
-    notes = []
-    if targets is None:
-        notes.append(
-            "the loss is not counted, which keeps tensors of the size of the outputs: give targets."
-        )
+    notes = _notes_on_outputs(plan, model, targets, found)
     if optimizer is None:
         notes.append(
             "the model is compiled with no optimizer: two slots for each trained variable are "
@@ -215,7 +221,7 @@ def _notes(plan: Plan, model: Any, targets: Any, shared: bool, unknown: str) -> 
         notes.append(f"{unknown}Two slots for each trained variable are counted.")
     if optimizer is not None and len(inner_optimizers(optimizer)) > 1:
         notes.append("of several optimizers the first is taken to update all variables.")
-    if plan.batch_axis is not None and not shared:
+    if plan.batch_axis is not None and not found.shared:
         notes.append("there are fewer rows than replicas: each computes all of them.")
     again = layers_named(owners, is_computed_again)
     if again:
@@ -230,6 +236,33 @@ def _notes(plan: Plan, model: Any, targets: Any, shared: bool, unknown: str) -> 
         "is another. Attention is taken to be one kernel, as torch's is on CPUs."
     )
     return notes
+
+
+def _notes_on_outputs(plan: Plan, model: Any, targets: Any, found: Found) -> list[str]:
+    """What is not counted of the loss and the metrics."""
+    heads = [layer.path for layer in plan.layers if any(style.open for style in layer.styles)]
+    if targets is None:
+        shard = (
+            f", and communicate about that of {heads[0]!r}, which stays a shard" if heads else ""
+        )
+        wanted = "give targets" if has_loss(model) else "compile the model with them, give targets"
+        return [
+            f"the loss and metrics are not counted: {wanted} (in the shell --targets). They keep "
+            f"tensors of the size of the outputs{shard}."
+        ]
+    if heads and not has_metrics(model):
+        return [
+            "the model is compiled with no metrics, and none are counted: they would communicate "
+            f"about the output of {heads[0]!r}, which stays a shard."
+        ]
+    return [
+        f"{_named_metric(name)} wants values, and is counted up to there only: {error}"
+        for name, error in found.uncounted.items()
+    ]
+
+
+def _named_metric(name: str) -> str:
+    return f"`{name}`" if name == "compute_metrics" else f"the metric {name!r}"
 
 
 def _sharded(plan: Plan, model: Any) -> list[tuple[Any, VariablePlan]]:

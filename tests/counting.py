@@ -47,12 +47,14 @@ class Collectives(TorchDispatchMode):
 class Traffic(TorchDispatchMode):
     """`with Traffic() as found:` collects kind and ranks of each collective, and bytes.
 
-    Those of the largest side: what is summed, what all ranks' parts are together.
+    Those of the largest side: what is summed, what all ranks' parts are together. `groups` has
+    the same by kind and the ranks themselves.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[tuple[str, int], tuple[int, int]] = {}
+        self.groups: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
 
     def __enter__(self) -> Any:
         super().__enter__()
@@ -62,9 +64,12 @@ class Traffic(TorchDispatchMode):
         if func.namespace == "c10d":
             kind = NAMES.get(func._opname, func._opname)
             groups = [a for a in args if isinstance(a, torch.ScriptObject)]
-            ranks = dist.ProcessGroup.unbox(groups[0]).size()
+            group = dist.ProcessGroup.unbox(groups[0])
+            ranks, members = group.size(), tuple(dist.get_process_group_ranks(group))
             side = args[1] if kind == "reduce_scatter" else args[0]
             size = sum(leaf.nbytes for leaf in tree_leaves(side) if isinstance(leaf, torch.Tensor))
             count, before = self.found.get((kind, ranks), (0, 0))
             self.found[kind, ranks] = count + 1, before + size
+            count, before = self.groups.get((kind, members), (0, 0))
+            self.groups[kind, members] = count + 1, before + size
         return func(*args, **(kwargs or {}))

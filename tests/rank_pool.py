@@ -152,7 +152,7 @@ def _serve(rank: int, size: int, address: str) -> None:
         except EOFError:
             os._exit(0)  # the parent is gone
         try:
-            keras.utils.clear_session()
+            keras.utils.clear_session(free_memory=False)  # see `conftest.clean_keras`
             keras.config.set_floatx("float32")
             function = importlib.import_module(module)
             for part in name.split("."):

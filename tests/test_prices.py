@@ -372,9 +372,11 @@ def test_what_cannot_be_priced_is_refused(batch: Any, options: Any, said: str) -
 
 
 def test_the_command_prints_it(capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    """Bandwidth in bits, or a shape that is taken for two inputs."""
+    """Bandwidth in bits, a share of the computation alone, a shape that is taken for two inputs."""
     program = (
         "import models\n\n\ndef dense():\n    return models.dense_stack(), models.DENSE_LAYOUT\n"
+        "def compiled():\n    model, layout = dense()\n"
+        "    model.compile('sgd', 'mse', metrics=['mae'])\n    return model, layout\n"
     )
     (tmp_path / "priced.py").write_text(program)
     command = ["plan", f"{tmp_path / 'priced.py'}:dense", "--mesh", "model=2"]
@@ -383,14 +385,32 @@ def test_the_command_prints_it(capsys: Any, monkeypatch: Any, tmp_path: Path) ->
     assert "batch of (6, 128), rank 0 of 2" in shown
     assert "notes" not in shown
     seconds = dense_price().sent / 1000
-    assert f"at 1e-06 GB/s it communicates for {seconds:.3g} s" in shown
+    assert f"at 1e-06 GB/s along every axis it communicates for {seconds:.3g} s, lat" in shown
+    rate = dense_price().flops / seconds / 1e3
+    assert f"half of a step of ranks that compute {rate:.4g} KFLOP/s" in shown
+    assert "compile the model with them, give targets (in the shell --targets)" in shown
+    main([*command, "--batch", "6,128", "--bandwidth", "0.000001", "--compute", f"{3e-9 * rate}"])
+    assert "communication is 75 % of a step" in capsys.readouterr().out
     for wrong, said in [
         (["--batch", "6x128"], "is not a shape"),
         (["--batch", "6,128", "--bandwidth", "fast"], "is not a number of GB/s"),
         (["--bandwidth", "5"], "give --batch"),
+        (["--batch", "6,128", "--compute", "5"], "give --bandwidth"),
     ]:
         with pytest.raises(SystemExit):
             main([*command, *wrong])
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit, match="where the model takes"):
         main([*command, "--batch", "6,127"])
+    targets = ["--batch", "6,128", "--targets", "6,10"]
+    with pytest.raises(SystemExit, match="the model is compiled with none"):
+        main([*command, *targets])
+    command[1] = command[1].replace("dense", "compiled")
+    capsys.readouterr()
+    main([*command, *targets])
+    shown = capsys.readouterr().out
+    assert "optimizer slots 0 B" in shown
+    assert "the loss and metrics are not counted" not in shown
+    with pytest.raises(RuntimeError) as raised:
+        main([*command, *targets[:3], "6,9"])
+    assert "on --batch and --targets of these shapes" in raised.value.__notes__[-1]

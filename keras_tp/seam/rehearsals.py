@@ -71,6 +71,14 @@ class _Scope(StatelessScope):
         assigned = super().get_current_value(variable)
         return self._read(variable) if assigned is None else assigned
 
+    def add_update(self, update: Any) -> None:
+        variable, value = update
+        if type(value) is not torch.Tensor:
+            # A tensor of a class of its own may have to be made one that can be written.
+            with torch.no_grad():
+                value = weight_without_values(variable).copy_(value)
+        super().add_update((variable, value))
+
 
 @contextlib.contextmanager
 def rehearsal(

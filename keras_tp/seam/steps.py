@@ -105,10 +105,10 @@ def own_loss(model: Any) -> list[tuple[Any, str, Any]]:
     return [(model, "_compile_loss", again)]
 
 
-def loss_in_training(model: Any, x: Any, y: Any, y_pred: Any) -> torch.Tensor:
+def loss_in_training(model: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> torch.Tensor:
     """The loss of a training step, penalties included."""
     loss: torch.Tensor = model._compute_loss(
-        x=x, y=y, y_pred=y_pred, sample_weight=None, training=True
+        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
     )
     return loss
 
