@@ -83,7 +83,7 @@ def gradient_counted_once_per_rank() -> Any:
     def backward(ctx: Any, grad: Any) -> Any:
         return keras_tp.collectives._Reduce.apply(grad, ctx.axis), None
 
-    return mock.patch.object(keras_tp.collectives._Reduce, "backward", staticmethod(backward))
+    return mock.patch.object(keras_tp.collectives._ReduceOwn, "backward", staticmethod(backward))
 
 
 def vocabulary_without_a_mask() -> Any:
@@ -142,8 +142,8 @@ def bias_gradient_halved() -> Any:
     """A gradient that is small beside that of the kernel."""
     right = ContractionCall.read
 
-    def read(self: Any, name: str) -> Any:
-        value = right(self, name)
+    def read(self: Any, name: str, own: Any = None) -> Any:
+        value = right(self, name, own)
         return value.detach() / 2 + value / 2 if name == "bias" else value
 
     return mock.patch.object(ContractionCall, "read", read)
