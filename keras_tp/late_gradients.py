@@ -125,6 +125,7 @@ class _Product(torch.autograd.Function):
         return contract(x, kernel, bias, left.computation)
 
     @staticmethod
+    @torch.compiler.disable  # what is left for later is nothing that a graph could hold
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, kernel, bias = ctx.saved_tensors
         left: _Left = ctx.left
@@ -147,6 +148,7 @@ class _Read(torch.autograd.Function):
         return x.view_as(x), *(kernel.view_as(kernel) for kernel in kernels)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, grad: torch.Tensor | None, *grads: torch.Tensor | None) -> Any:
         state: _State = ctx.state
         if grad is None or torch.is_grad_enabled():
