@@ -19,6 +19,7 @@ import keras
 _COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
 _WAITS = {
     ("keras_tp.buckets", "finish"): "all_reduce of gradients in buckets",
+    ("keras_tp.joins", "result"): "all_gather of a weight",
     ("keras_tp.savings", "wait"): "a checkpoint that is being written",
     ("keras_tp.roll_calls", "call_roll"): "a roll call",
 }
