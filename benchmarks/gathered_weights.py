@@ -1,20 +1,26 @@
 """Weights gathered on use: ahead of it, while earlier layers compute, or as they are read.
 
-    python benchmarks/gathered_weights.py [--ranks 2] [--print-only]
+    python benchmarks/gathered_weights.py [--ranks 2] [--rate 2gbit] [--print-only]
 
-Stacks of dense layers, and the demo's transformer, float32, on CPUs, every kernel cut along the axis
-of replicas (ZeRO, stage 3), biases and norms whole. What is timed is one step of training
-(`train_on_batch`), and one of inference (`predict_on_batch`), of each way of gathering in turn, in
-one run, of one model; each step starts together, and the slower rank's time counts. Printed
+Stacks of dense layers, and the demo's transformer, float32, on CPUs, every kernel cut along the
+axis of replicas (ZeRO, stage 3), biases and norms whole. What is timed is one step of training
+(`train_on_batch`), and one of inference (`predict_on_batch`), of each way of gathering in turn,
+in one run, of one model; each step starts together, and the slower rank's time counts. Printed
 are the medians with quartiles, and the median and quartiles of the steps' ratios, with over
-without. A third turn is without again: its ratio to the other one without is what two equal
-things differ by on this machine.
+without. A third turn is without again: its ratio to the first is what two equal things
+differ by on this machine.
+
+Ranks of one machine send through its memory, by the cores that compute: what travels then
+takes as much from what is computed meanwhile. With `--rate` (as root, on Linux) the ranks run in a
+network namespace of their own, in which `tc` lets so many bits a second through, those of all
+ranks together, as between machines: a rank waits, and its core is free.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import sys
 import tempfile
@@ -41,6 +47,8 @@ WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "ahead": contextlib.nullcontext,
     "as read, again": gathering_at_once,
 }
+
+LIMITED = "GATHERED_WEIGHTS_LIMITED"  # set where the network is
 
 
 def stack(depth: int, width: int, rows: int) -> tuple[Any, Any, Any]:
@@ -136,7 +144,7 @@ def report(title: str, seconds: dict[str, dict[str, list[float]]]) -> str:
 def on_a_rank(options: argparse.Namespace) -> None:
     running.numbers_of_this_machine()
     keras_tp.initialize()
-    for title, make in CASES.items():
+    for title, make in [list(CASES.items())[number] for number in options.cases]:
         seconds = measure(options, make)
         if dist.get_rank() == 0:
             print(title, flush=True)
@@ -149,12 +157,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--rate", help="of the network between the ranks, in tc's words")
+    parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     parser.add_argument("--print-only", action="store_true", help="no record")
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)  # given to the ranks
     options = parser.parse_args()
     if options.found:
         on_a_rank(options)
         return
+    if options.rate and LIMITED not in os.environ:
+        limit = f"tc qdisc add dev lo root tbf rate {options.rate} burst 256kb latency 400ms"
+        shell = f'ip link set lo up && {limit} && exec "$@"'
+        command = ["unshare", "-n", "sh", "-c", shell, "sh", sys.executable, *sys.argv]
+        os.execvpe(command[0], command, {**os.environ, LIMITED: "1"})
     ran = running.what_ran()
     with tempfile.NamedTemporaryFile("r") as found:
         running.start(options.ranks, __file__, *sys.argv[1:], "--found", found.name)
@@ -162,7 +177,8 @@ def main() -> None:
     print(f"{ran}\n\n{tables}\n")
     if not options.print_only:
         title = "Weights gathered ahead of their use"
-        print(running.write_record("gathered-weights", title, ran, tables))
+        name = f"gathered-weights-{options.rate}" if options.rate else "gathered-weights"
+        print(running.write_record(name, title, ran, tables))
 
 
 if __name__ == "__main__":
