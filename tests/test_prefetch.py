@@ -102,12 +102,13 @@ def stack(depth: int = 4, activation: Any = "tanh") -> Any:
 
 
 def uneven() -> Any:
-    """Of its first kernel the second rank has nothing; others do not divide, some are small."""
+    """Of a large kernel the second rank has nothing; others do not divide, some are small."""
     return keras.Sequential(
         [
             keras.Input((1,)),
-            layers.Dense(3 * WIDTH * WIDTH // 8, "tanh"),
-            layers.Reshape((3, WIDTH * WIDTH // 8)),
+            layers.Dense(1),
+            layers.Dense(3 * WIDTH * WIDTH, "tanh"),
+            layers.Reshape((3, WIDTH * WIDTH)),
             layers.Dense(7, "tanh"),
             layers.Conv1D(5, 2, activation="tanh"),
             layers.Flatten(),
@@ -336,27 +337,25 @@ def test_training_and_inference_go_their_own_ways(ranks: Any) -> None:
 
 
 class Either(layers.Layer):
-    """Two layers with the same weights, of which each replica takes another."""
+    """Two weights of the same values, of which each replica takes another."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.mine = layers.Dense(WIDTH, use_bias=False, name="mine")
-        self.theirs = layers.Dense(WIDTH, use_bias=False, name="theirs")
-        self.turned = False
+    turned = False
 
     def build(self, shape: Any) -> None:
-        for layer in (self.mine, self.theirs):
-            layer.build(shape)
-        self.theirs.kernel.assign(self.mine.kernel)
+        self.mine, self.theirs = (
+            self.add_weight(shape=(8, 8), initializer="ones", name=f"{name}_kernel")
+            for name in ("mine", "theirs")
+        )
 
     def call(self, x: Any) -> Any:
         second = dist.is_initialized() and dist.get_rank() > 1
-        return (self.theirs if second and self.turned else self.mine)(x)
+        return ops.matmul(x, self.theirs if second and self.turned else self.mine)
 
 
 def either() -> Any:
     keras.utils.set_random_seed(3)
-    dense = [layers.Dense(WIDTH, use_bias=False, name=name) for name in ("d0", "d1", "d2")]
+    dense = [layers.Dense(n, use_bias=False, name=f"d{i}") for i, n in enumerate((8, 6, WIDTH))]
+    # (Small ones: when the first is read, all the others are begun.)
     return keras.Sequential([keras.Input((WIDTH,)), dense[0], Either(name="e"), *dense[1:]])
 
 
