@@ -28,6 +28,7 @@ GATHERED = "weights, gathered"
 # What keras_tp makes, by functions that are running. Inner ones first.
 MAKERS = {
     "Shards.full": GATHERED,
+    "_Source.begin": GATHERED,
     "Replicas.gather": "outputs, gathered",
     "Replicas.take": "own rows",
     "_ShardStyle._joined": "activations, gathered",

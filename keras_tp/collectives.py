@@ -14,6 +14,7 @@ and costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,13 @@ def reduce_own(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return x if axis.size == 1 else _ReduceOwn.apply(x, axis)
 
 
-def gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
+# Of what `join` is.
+Joining = Callable[[torch.Tensor, int, tuple[int, ...], Axis], torch.Tensor]
+
+
+def gather(
+    x: torch.Tensor, dim: int, total: int, axis: Axis, joining: Joining | None = None
+) -> torch.Tensor:
     """The shards `x` of every rank joined along `dim` (one all-gather).
 
     The gradient is the slice that belongs to this rank: every rank goes on to
@@ -99,8 +106,9 @@ def gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
         x: this rank's chunk along `dim`, cut by `chunk_bounds`; may be empty.
         dim: negative counts from the end.
         total: size of `dim` in the result.
+        joining: what gathers, in place of `join`.
     """
-    return x if axis.size == 1 else _Gather.apply(x, dim % x.dim(), total, axis)
+    return x if axis.size == 1 else _Gather.apply(x, dim % x.dim(), total, axis, joining)
 
 
 def split(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -170,13 +178,15 @@ class _ReduceOwn(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, dim: int, total: int, axis: Axis, joining: Joining | None = None
+    ) -> torch.Tensor:
         ctx.dim, ctx.axis = dim, axis
-        return _all_gather(x, dim, total, axis)
+        return (joining or join)(x, dim, chunk_sizes(total, axis), axis)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Split.apply(grad, ctx.dim, ctx.axis), None, None, None
+        return _Split.apply(grad, ctx.dim, ctx.axis), None, None, None, None
 
 
 class _View(torch.autograd.Function):
@@ -211,10 +221,6 @@ _TRAVEL = {
 }
 
 
-def _all_gather(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
-    return join(x, dim, chunk_sizes(total, axis), axis)
-
-
 def chunk_sizes(total: int, axis: Axis) -> tuple[int, ...]:
     """Size of each position's chunk of `total`, by `chunk_bounds`."""
     return tuple(chunk_bounds(total, axis.size, rank)[1] for rank in range(axis.size))
@@ -241,13 +247,34 @@ def join(x: torch.Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> torch
     """
     assert x.shape[dim] == sizes[axis.rank], (x.shape, dim, sizes, axis.rank)
     x = padded(x, dim, max(sizes))
+    return placed(gather_parts(as_travels(x), axis), x.shape, x.dtype, dim, sizes, axis)
+
+
+def as_travels(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or its bytes if gloo or NCCL does not know its dtype."""
     # (Only what cannot travel otherwise goes as bytes: torch's compiler gets the views wrong.)
-    mine = x if x.dtype in _TRAVEL else x.reshape(-1).view(torch.uint8)
-    parts = gather_parts(mine, axis)
-    if mine is not x:
-        parts = [part.view(x.dtype).reshape(x.shape) for part in parts]
-    placed = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
-    return torch.cat(placed, dim)
+    return x if x.dtype in _TRAVEL else x.reshape(-1).view(torch.uint8)
+
+
+def placed(
+    parts: list[torch.Tensor],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    dim: int,
+    sizes: tuple[int, ...],
+    axis: Axis,
+) -> torch.Tensor:
+    """What ranks have sent, joined along `dim`, the ranks in order of position.
+
+    Args:
+        parts: what `as_travels` gave on each, in the order of ranks in the group.
+        shape, dtype: of each, padded.
+        dim, sizes, axis: as for `join`.
+    """
+    if parts[0].dtype != dtype:
+        parts = [part.view(dtype).reshape(shape) for part in parts]
+    found = [parts[axis.order[position]].narrow(dim, 0, n) for position, n in enumerate(sizes)]
+    return torch.cat(found, dim)
 
 
 def gather_parts(x: torch.Tensor, axis: Axis) -> list[torch.Tensor]:

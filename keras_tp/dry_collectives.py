@@ -18,6 +18,8 @@ from keras_tp.layouts import chunk_bounds
 from keras_tp.ledger import Ledger
 
 Step = Callable[[torch.Tensor], torch.Tensor]
+# Of what `joined` is.
+Joining = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,21 @@ def reduce_own(x: torch.Tensor, axis: DryAxis, layer: str, of: str) -> torch.Ten
 
 
 def gather(
-    x: torch.Tensor, dim: int, total: int, axis: DryAxis, layer: str, of: str
+    x: torch.Tensor,
+    dim: int,
+    total: int,
+    axis: DryAxis,
+    layer: str,
+    of: str,
+    joining: Joining | None = None,
 ) -> torch.Tensor:
     """As `collectives.gather`."""
-    dim = dim % x.dim()
+    dim, there = dim % x.dim(), joining or joined
 
     def back(grad: torch.Tensor) -> torch.Tensor:
         return _dense(grad.narrow(dim, *axis.bounds(total)))
 
-    return _Both.apply(x, lambda x: joined(x, dim, axis.chunks(total), axis, layer, of), back)
+    return _Both.apply(x, lambda x: there(x, dim, axis.chunks(total), axis, layer, of), back)
 
 
 def split(x: torch.Tensor, dim: int, axis: DryAxis, layer: str, of: str) -> torch.Tensor:
@@ -112,16 +120,22 @@ def split(x: torch.Tensor, dim: int, axis: DryAxis, layer: str, of: str) -> torc
 
 
 def gather_weight(
-    x: torch.Tensor, dim: int, total: int, axis: DryAxis, layer: str, of: str
+    x: torch.Tensor,
+    dim: int,
+    total: int,
+    axis: DryAxis,
+    layer: str,
+    of: str,
+    joining: Joining | None = None,
 ) -> torch.Tensor:
     """As `row_collectives.gather_weight`."""
-    dim = dim % x.dim()
+    dim, there = dim % x.dim(), joining or joined
     sizes = axis.chunks(total)
 
     def back(grad: torch.Tensor) -> torch.Tensor:
         return _scattered(grad, dim, axis, layer, f"{of} gradient")
 
-    return _Both.apply(x, lambda x: joined(x, dim, sizes, axis, layer, of), back)
+    return _Both.apply(x, lambda x: there(x, dim, sizes, axis, layer, of), back)
 
 
 def scatter(x: torch.Tensor, dim: int, axis: DryAxis, layer: str, of: str) -> torch.Tensor:
@@ -184,9 +198,21 @@ def joined(
     x: torch.Tensor, dim: int, sizes: tuple[int, ...], axis: DryAxis, layer: str, of: str
 ) -> torch.Tensor:
     """As `collectives.join`: what an all-gather gives, which autograd does not see."""
+    return placed(sent(x, dim, sizes, axis, layer, of), dim, sizes)
+
+
+def sent(
+    x: torch.Tensor, dim: int, sizes: tuple[int, ...], axis: DryAxis, layer: str, of: str
+) -> list[torch.Tensor]:
+    """The parts of all ranks, as an all-gather brings them."""
     x = _padded(x, dim, max(sizes))
     parts = [torch.empty_like(x) for _ in sizes]
     axis.note("all_gather", layer, of, sum(part.nbytes for part in parts))
+    return parts
+
+
+def placed(parts: list[torch.Tensor], dim: int, sizes: tuple[int, ...]) -> torch.Tensor:
+    """As `collectives.placed`."""
     return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)], dim)
 
 

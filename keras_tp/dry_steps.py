@@ -13,6 +13,7 @@ from keras_tp.costs import Slots
 from keras_tp.dry_calls import DryGatheredCall, DryRegionCall, DryShardCall
 from keras_tp.dry_collectives import DryAxis
 from keras_tp.dry_drops import DryDrops
+from keras_tp.dry_prefetch import DryReads, Trails
 from keras_tp.dry_rows import DryRowsCall, DryWholeRowsCall, Named
 from keras_tp.dry_sequences import DrySequenceCall
 from keras_tp.dry_weights import DryWeights
@@ -65,10 +66,12 @@ class DryStep:
         plan: the plan.
         model: the model it was made for.
         rank: the rank.
+        trails: what another such step has gathered; None if there was none.
     """
 
-    def __init__(self, plan: Plan, model: Any, rank: int):
-        self.plan, self.model = plan, model
+    def __init__(self, plan: Plan, model: Any, rank: int, trails: Trails | None = None):
+        self.plan, self.model, self.rank = plan, model, rank
+        self.known, self.trails = trails is not None, trails or {}
         self.owners = walk_layers(model)
         self.variables = variables_of(self.owners)
         self.ledger = Ledger()
@@ -91,6 +94,14 @@ class DryStep:
             slots: what the optimizer keeps; None where there is no optimizer.
             sample_weight: as targets, of what weighs them.
         """
+        found = self._run(batch, targets, slots, sample_weight)
+        if self.known or not self.trails:
+            return found
+        # Now it is known what is gathered after what, and with it what is begun ahead.
+        again = DryStep(self.plan, self.model, self.rank, self.trails)
+        return again.run(batch, targets, slots, sample_weight)
+
+    def _run(self, batch: Any, targets: Any, slots: Slots | None, sample_weight: Any) -> Found:
         calls, rows_call = self._calls()
         attributes = [] if targets is None else own_loss(self.model)
         open_rehearsal = rehearsal(
@@ -130,7 +141,8 @@ class DryStep:
         )
         # Those of the step before, of which Keras lets go only here.
         gradients = [torch.empty_like(tensor) for tensor in self.weights.trained]
-        outputs = outputs_in_training(self.model, x)
+        with self.weights.followed_by(DryReads(self.trails)):
+            outputs = outputs_in_training(self.model, x)
         del gradients
         if y is None:
             heads = [part_of(t) for t in keras.tree.flatten(outputs) if _has_gradient(t)]

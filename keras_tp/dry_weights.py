@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Shard
 
-from keras_tp.dry_collectives import DryAxis, gather, gather_weight
+from keras_tp.dry_collectives import DryAxis, gather, gather_weight, joined
+from keras_tp.dry_prefetch import DryReads
 from keras_tp.dry_replicas import DryReplicas
 from keras_tp.ledger import Ledger
 from keras_tp.plans import Plan, VariablePlan
@@ -47,6 +48,7 @@ class DryWeights:
         self._axes = axes
         self._gathered: dict[int, dict[Any, torch.Tensor]] = {}
         self._copied: dict[int, Copied] = {}
+        self._reads: DryReads | None = None
         for variable, planned, layer in zip(variables, plan.variables, layers, strict=True):
             dtype = weight_without_values(variable).dtype
             tensor = torch.empty(planned.local_shape(rank), dtype=dtype, device="meta")
@@ -106,11 +108,14 @@ class DryWeights:
     def _full(self, variable: Any, local: torch.Tensor, keep: Collection[str]) -> torch.Tensor:
         replicas: Any = current_replicas()
         shape, layer = self._plans[id(variable)].shape, self._layers[id(variable)]
+        name, joining = self._name(variable), joined
+        if self._reads is not None:
+            joining = self._reads.joining(variable)
         for axis, dim in self.cuts(variable):
             if replicas is not None and axis.name == replicas.axis:
-                local = gather_weight(local, dim, shape[dim], axis, layer, self._name(variable))
+                local = gather_weight(local, dim, shape[dim], axis, layer, name, joining)
             elif axis.name not in keep:
-                local = gather(local, dim, shape[dim], axis, layer, self._name(variable))
+                local = gather(local, dim, shape[dim], axis, layer, name, joining)
         return local
 
     def _name(self, variable: Any) -> str:
@@ -123,6 +128,15 @@ class DryWeights:
             layer, name = self._layers[id(variable)], self._name(variable)
             for axis, dim in self.cuts(variable):
                 local = gather(local, dim, shape[dim], axis, layer, f"{name}{of}")
+
+    @contextlib.contextmanager
+    def followed_by(self, reads: DryReads) -> Iterator[None]:
+        """While open, `reads` gathers what layers read."""
+        self._reads = reads
+        try:
+            yield
+        finally:
+            self._reads = None
 
     @contextlib.contextmanager
     def gathered_once(self, variables: Iterable[Any]) -> Iterator[None]:

@@ -38,7 +38,8 @@ class Cost:
         batch: the shapes of the whole batch, in words.
         stored: bytes that stay from step to step: parameters, gradients, optimizer slots.
         activations: bytes that come on top of them at most, in forward, backward and metrics:
-            what layers keep for backward, weights gathered for a call, inputs, outputs, the loss.
+            what layers keep for backward, weights gathered for a call or on their way to the next
+            ones, inputs, outputs, the loss.
         traffic: the collectives of a step, by phase, kind, axis, layer and what travels.
         flops: floating-point operations of the rank's forward and backward (and metrics):
             matrix products, convolutions and attention.

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
-from keras_tp.collectives import Axis, chunk_sizes, copy, join, padded, reduce
+from keras_tp.collectives import Axis, Joining, chunk_sizes, copy, join, padded, reduce
 
 
 def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -36,7 +36,9 @@ def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return copy(reduce(x, axis), axis)
 
 
-def gather_weight(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
+def gather_weight(
+    x: torch.Tensor, dim: int, total: int, axis: Axis, joining: Joining | None = None
+) -> torch.Tensor:
     """The shards `x` of every rank joined along `dim` (one all-gather), for use on own rows.
 
     As `gather`, but each rank's gradient of the result is a part, of its own rows:
@@ -48,8 +50,9 @@ def gather_weight(x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Te
         x: this rank's chunk along `dim`, cut by `chunk_bounds`; may be empty.
         dim: negative counts from the end.
         total: size of `dim` in the result.
+        joining: what gathers, in place of `join`.
     """
-    return x if axis.size == 1 else _GatherWeight.apply(x, dim % x.dim(), total, axis)
+    return x if axis.size == 1 else _GatherWeight.apply(x, dim % x.dim(), total, axis, joining)
 
 
 def scatter(x: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -90,13 +93,15 @@ def split_rows(x: torch.Tensor, sizes: tuple[int, ...], axis: Axis) -> torch.Ten
 
 class _GatherWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, total: int, axis: Axis) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, dim: int, total: int, axis: Axis, joining: Joining | None = None
+    ) -> torch.Tensor:
         ctx.dim, ctx.axis = dim, axis
-        return join(x, dim, chunk_sizes(total, axis), axis)
+        return (joining or join)(x, dim, chunk_sizes(total, axis), axis)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _SumWeight.apply(grad, ctx.dim, ctx.axis), None, None, None
+        return _SumWeight.apply(grad, ctx.dim, ctx.axis), None, None, None, None
 
 
 class _SumWeight(torch.autograd.Function):

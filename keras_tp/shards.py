@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from keras_tp.collectives import Axis, gather
+from keras_tp.collectives import Axis, Joining, gather
 from keras_tp.layouts import MeshShape, Shape, chunk_bounds
 from keras_tp.mesh import torch_mesh
 from keras_tp.messages import broadcast
@@ -54,19 +54,24 @@ class Shards:
         return shard
 
     def full(
-        self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None
+        self,
+        local: torch.Tensor,
+        keep: Collection[str] = (),
+        replicas: str | None = None,
+        joining: Joining | None = None,
     ) -> torch.Tensor:
         """The full value, or what is full except along the axes named in `keep`.
 
         Collective: one all-gather per sharded axis not kept. The gradient is
         the slice that belongs to this rank; along the axis `replicas`, whose ranks
-        each compute other rows, the slice of the sum (one reduce-scatter).
+        each compute other rows, the slice of the sum (one reduce-scatter). `joining` is
+        asked for each all-gather in turn.
         """
         for axis, dim in self.cuts:
             if axis.name == replicas:
-                local = gather_weight(local, dim, self.shape[dim], axis)
+                local = gather_weight(local, dim, self.shape[dim], axis, joining)
             elif axis.name not in keep:
-                local = gather(local, dim, self.shape[dim], axis)
+                local = gather(local, dim, self.shape[dim], axis, joining)
         return local
 
     def dtensor(self, local: torch.Tensor) -> DTensor:

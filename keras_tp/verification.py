@@ -16,6 +16,7 @@ from keras_tp.calls import GatheredCall, ShardCall
 from keras_tp.checks import Verification
 from keras_tp.comparison import Comparison, Mode
 from keras_tp.errors import LayoutError
+from keras_tp.prefetch import PrefetchedCall, gathering_at_once
 from keras_tp.region_calls import RegionCall
 from keras_tp.replicas import RowsCall
 from keras_tp.seam.contexts import is_symbolic, on_rows_of
@@ -42,7 +43,7 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
     calls = [
         _CheckedCall(o, mode) for o in owners if isinstance(getattr(*_place(o.layer)), _Planned)
     ]
-    with restored(owners), _batches_compared(model), _in_place(calls):
+    with restored(owners), gathering_at_once(), _batches_compared(model), _in_place(calls):
         unequal = _unequal_weights(owners)
         with torch.no_grad():
             model(inputs, training=training)
@@ -57,7 +58,7 @@ def verify_model(model: Any, batch: Any, training: bool, tolerance: float | None
 
 
 _Planned = ShardCall | GatheredCall | RegionCall | SequenceCall
-_AROUND = AgreedInputs | RowsCall | WholeRowsCall
+_AROUND = AgreedInputs | RowsCall | PrefetchedCall | WholeRowsCall
 
 
 def _place(layer: Any) -> tuple[Any, str]:

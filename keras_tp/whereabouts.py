@@ -20,6 +20,7 @@ _COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functi
 _WAITS = {
     ("keras_tp.late_gradients", "finish"): "all_reduce of an input's gradient",
     ("keras_tp.buckets", "finish"): "all_reduce of gradients in buckets",
+    ("keras_tp.joins", "result"): "all_gather of a weight",
     ("keras_tp.savings", "wait"): "a checkpoint that is being written",
     ("keras_tp.roll_calls", "call_roll"): "a roll call",
 }

@@ -19,6 +19,7 @@ from keras_tp.loops import watch_loops
 from keras_tp.mesh import check_devices, check_ranks, keras_mesh, torch_mesh
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
+from keras_tp.prefetch import PrefetchedCall
 from keras_tp.problems import captured_weights
 from keras_tp.region_calls import share_region
 from keras_tp.replicas import RowsCall
@@ -112,6 +113,8 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     cut = [v for v, decided in zip(variables, plan.variables, strict=True) if decided.sharded]
     watch_loops((v.path, local_tensor(v), sharding_of(v)) for v in cut)  # type: ignore[misc]
     show_dtensors(owners)
+    if cut:
+        model.call = PrefetchedCall(model)
     if plan.batch_axis is not None:
         hook_random()
         hook_remat()

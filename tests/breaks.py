@@ -68,7 +68,8 @@ def input_gradient_padded_with_zeros() -> Any:
     """nanotron #172, in a row layer: right on no rank but for its own slice."""
 
     def backward(ctx: Any, grad: Any) -> Any:
-        full = keras_tp.collectives._all_gather(grad, ctx.dim, ctx.total, ctx.axis)
+        sizes = keras_tp.collectives.chunk_sizes(ctx.total, ctx.axis)
+        full = keras_tp.collectives.join(grad, ctx.dim, sizes, ctx.axis)
         start, count = layouts.chunk_bounds(ctx.total, ctx.axis.size, ctx.axis.rank)
         mask = torch.zeros_like(full)
         mask.narrow(ctx.dim, start, count).fill_(1.0)

@@ -37,6 +37,7 @@ DECIDE = {
     "dry_calls",
     "dry_collectives",
     "dry_drops",
+    "dry_prefetch",
     "dry_replicas",
     "dry_rows",
     "dry_runs",
@@ -82,6 +83,7 @@ DECIDE = {
     "tables",
     "token_runs",
     "tokens",
+    "trails",
     "worth",
 }
 SEAM = {
@@ -131,6 +133,7 @@ ACT = {
     "distribution_lib",
     "files",
     "job",
+    "joins",
     "late_gradients",
     "leading",
     "loaders",
@@ -138,6 +141,7 @@ ACT = {
     "meetings",
     "mesh",
     "messages",
+    "prefetch",
     "proof",
     "randomness",
     "region_calls",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import models
@@ -24,6 +26,8 @@ from keras_tp.cli import main
 from keras_tp.examples.train_transformer import layout_map as demo_layout
 from keras_tp.examples.train_transformer import transformer as demo
 from keras_tp.seam.contexts import stepping
+from keras_tp.seam.variables import local_tensor
+from keras_tp.trails import Step
 
 Found = dict[str, dict[tuple[str, int], tuple[int, int]]]
 
@@ -280,6 +284,56 @@ def test_memory_is_what_ranks_hold(
             allowed = 0 if "," in name else 0.05
             assert abs(measured / planned - 1) <= allowed, (name, planned, measured)
         assert found["activations"][0] > 2 * found["parameters"][0]
+
+
+class Wide(layers.Layer):
+    """Needs much memory for a moment, and keeps nothing of it."""
+
+    def call(self, x: Any) -> Any:
+        return ops.mean(ops.expand_dims(x, -1) * ops.ones((16,)), -1)
+
+
+def frozen() -> Any:
+    """Layers of which nothing is kept for backward, so that the fullest moment is within `Wide`."""
+    first, second = (layers.Dense(256, use_bias=False, trainable=False, name=n) for n in "ab")
+    model = keras.Sequential([keras.Input((256,)), first, Wide(), second, layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def held_ahead(rows: int) -> tuple[int, int, int]:
+    """Bytes at most that are planned, that would be if nothing were begun ahead, and that are."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    from live import Live
+
+    model = frozen()
+    plan = parity.planned(model, layout_map({".*[ab]/kernel": ("batch", None)}, {"batch": 2}))
+    x, y = np.zeros((rows, 256), "float32"), np.zeros((rows, 1), "float32")
+    rank = torch.distributed.get_rank()
+    cost = plan.cost(model, x, targets=y, rank=rank)
+    with mock.patch.object(Step, "ahead", return_value=()):
+        without = plan.cost(model, x, targets=y, rank=rank)
+    keras_tp.parallelize(model, plan=plan, check_batches=False)
+    for _ in range(4):  # in which rows are compared
+        model.train_on_batch(x, y)
+    peaks = []
+    for _ in range(3):
+        known = [local_tensor(v) for v in model.variables]
+        gradients = [tensor.grad for tensor in known if tensor.grad is not None]
+        time.sleep(0.1)  # gloo's threads let go of what they have sent a moment later
+        with Live(parameters=known, gradients=gradients) as live:
+            model.train_on_batch(x, y)
+        peaks.append(live.peaks["step"])
+    return cost.peak, without.peak, min(peaks)
+
+
+def test_what_is_on_its_way_is_planned(ranks: Any) -> None:
+    """The weight that is gathered ahead is forgotten, and a job that was to fit does not."""
+    kernel = 4 * 256 * 256
+    for planned_peak, without, found in ranks(2)(held_ahead, 256):
+        assert planned_peak - without == kernel
+        assert abs(found / planned_peak - 1) < 0.05, (planned_peak, found)
 
 
 def dense_price(size: int = 2, **options: Any) -> Any:

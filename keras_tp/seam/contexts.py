@@ -159,6 +159,41 @@ def announce_read(variable: Any) -> None:
         leader.announce_read(variable)
 
 
+class Reads(Protocol):
+    """What Keras's side asks of `keras_tp.prefetch.Reads`, while a call of a model looks ahead."""
+
+    def joining(self, variable: Any) -> Callable[..., torch.Tensor]:
+        """What gathers the variable's shards, in place of `keras_tp.collectives.join`."""
+
+
+_READS = "keras_tp_reads"
+
+
+def current_reads() -> Reads | None:
+    """What follows the gathers of a model's call, while one looks ahead."""
+    return global_state.get_global_attribute(_READS)
+
+
+@contextlib.contextmanager
+def followed_by(reads: Reads | None) -> Iterator[None]:
+    """While open, `reads` gathers the weights that layers read; None for each when it is read."""
+    before = current_reads()
+    global_state.set_global_attribute(_READS, reads)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_READS, before)
+
+
+def joining_of(variable: Any) -> Callable[..., torch.Tensor] | None:
+    """What gathers a variable that is read now, if it is not to be gathered in the plain way."""
+    if torch.compiler.is_compiling():
+        return None
+    reads = current_reads()
+    # Of what the first rank reads alone the others follow each gather, and know of none ahead.
+    return None if reads is None or current_leader() is not None else reads.joining(variable)
+
+
 def in_call() -> bool:
     """Whether a layer's `call` runs."""
     return global_state.get_global_attribute("current_call_ctx") is not None

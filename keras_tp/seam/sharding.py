@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +26,16 @@ class Sharding(Protocol):
         """This rank's shard of a full value, a view of it."""
 
     def full(
-        self, local: torch.Tensor, keep: Collection[str] = (), replicas: str | None = None
+        self,
+        local: torch.Tensor,
+        keep: Collection[str] = (),
+        replicas: str | None = None,
+        joining: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The full value, gathered along the axes not in `keep`; on rows along `replicas`."""
+        """The full value, gathered along the axes not in `keep`; on rows along `replicas`.
+
+        By `joining`, if it is given; see `keras_tp.seam.contexts.Reads`.
+        """
 
     def dtensor(self, local: torch.Tensor) -> Any:
         """The full value as a DTensor that shares the shard's memory."""

@@ -17,6 +17,7 @@ from keras_tp.seam.contexts import (
     current_replicas,
     in_call,
     is_symbolic,
+    joining_of,
     reading_shards,
     reads_shards,
 )
@@ -105,10 +106,10 @@ class ShardedVariable(_Variable):
         along = None if replicas is None else replicas.axis
         local = self._maybe_autocast(self.own() if own is None else own)
         if self._gathered is None or keep:
-            return self._sharding.full(local, keep, along)
+            return self._sharding.full(local, keep, along, joining_of(self))
         kind = local.dtype, torch.is_grad_enabled()
         if kind not in self._gathered:
-            self._gathered[kind] = self._sharding.full(local, (), along)
+            self._gathered[kind] = self._sharding.full(local, (), along, joining_of(self))
         return self._gathered[kind]
 
     def own(self) -> torch.Tensor:

@@ -165,6 +165,11 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def state_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes if `tensor` is written into, or given other memory while this is still held."""
+    return tensor._version, tensor.untyped_storage()._cdata
+
+
 def _only_read(result: Any, sources: Collection[torch.Tensor], path: str, name: str) -> Any:
     """The result of torch's `name`, in which the memory of `sources` cannot be written."""
     if any(map(was_written, sources)):
