@@ -24,6 +24,7 @@ from keras_tp.automatic import make_layout_map
 from keras_tp.backend import require_torch
 from keras_tp.checks import Verification
 from keras_tp.errors import LayoutError
+from keras_tp.garbage import uncollected
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
 from keras_tp.problems import check_model
@@ -77,14 +78,15 @@ def plan(
         >>> print(keras_tp.plan(model, layout_map))
     """
     require_torch()
-    made = make_plan(
-        model,
-        layout_map,
-        strict=strict,
-        batch_axis=batch_axis,
-        sequence_parallel=sequence_parallel,
-    )
-    better = better_layout(made, model, layout_map.device_mesh, batch_axis) if advise else ""
+    with uncollected():
+        made = make_plan(
+            model,
+            layout_map,
+            strict=strict,
+            batch_axis=batch_axis,
+            sequence_parallel=sequence_parallel,
+        )
+        better = better_layout(made, model, layout_map.device_mesh, batch_axis) if advise else ""
     return replace(made, notes=(*made.notes, better)) if better else made
 
 

@@ -19,7 +19,9 @@ from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
 from keras_tp.recollection import Found, Recollection
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
+from keras_tp.repeats import Alike
 from keras_tp.seam.layers import Owner, variables_of
+from keras_tp.seam.likeness import Likeness
 from keras_tp.seam.rehearsals import rehearse_model
 
 # What an unknown number of rows, and any other unknown size, is taken to be.
@@ -98,9 +100,10 @@ def find_regions(
             marks[id(member.layer)] = (*marks.get(id(member.layer), ()), axis, member.style)
     for head in heads:
         marks[id(head.layer)] = (*marks.get(id(head.layer), ()), "head", head.style)
-    recollection = Recollection(owners, found, marks)
+    likeness = Likeness()
+    recollection = Recollection(owners, found, marks, likeness)
     recorder = Recorder()
-    search = _Search(found, owners, along, sizes, cut, everywhere, recorder)
+    search = _Search(found, owners, along, sizes, cut, everywhere, recorder, Alike(likeness))
 
     def around(layer: Any, args: Any, kwargs: Any, looked: Callable[[], Any]) -> Any:
         called = False
@@ -189,6 +192,7 @@ class _Search:
     cut: frozenset[int]
     everywhere: dict[int, int]  # numbers of variables, by identity
     recorder: Recorder
+    alike: Alike
     result: Any = None  # what the model gave
 
     def look_at(
@@ -203,7 +207,8 @@ class _Search:
             numbers = frozenset(m.number for m in inside)
             if not can_pair(inside) or not self.found.begin(numbers):
                 continue
-            call = Call(below, original, args, kwargs, inside, self.sizes[axis], self.cut)
+            parts = self.sizes[axis]
+            call = Call(below, original, args, kwargs, inside, parts, self.cut, self.alike)
             with self.recorder.resting():
                 proof = prove(call)
             self.found.reasons |= dict(proof.refused)

@@ -17,6 +17,7 @@ from keras_tp.dry_runs import LostTrack, Whole
 from keras_tp.flows import Flow, Unproven, even, tensors_in
 from keras_tp.layouts import Shape
 from keras_tp.plans import StylePlan
+from keras_tp.repeats import Alike, Repeats
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rehearsals import (
     bare_call,
@@ -85,6 +86,7 @@ class Call:
         members: of the layers below.
         parts: number of ranks.
         cut: ids of variables that are sharded, whose gradients cannot be summed besides.
+        alike: what is known of calls in it that are alike; None to make all of them.
     """
 
     owners: list[Owner]
@@ -94,6 +96,7 @@ class Call:
     members: Sequence[Member]
     parts: int
     cut: frozenset[int] = frozenset()
+    alike: Alike | None = None
 
 
 @dataclass
@@ -136,9 +139,21 @@ class Rehearsal:
             call.owners, zip(variables, weights, strict=True), calls, attributes, self
         )
         with open_rehearsal as losses, watch:
+            if call.alike is not None:
+                read = {
+                    id(v): (number, tensor)
+                    for number, (v, tensor) in enumerate(zip(variables, weights, strict=True))
+                }
+                self._repeat(Repeats(self, call.alike, read, losses))
             result = self.make(args, kwargs)
         if isinstance(watch, Local):
             self._check_end(watch, [result, losses])
+
+    def _repeat(self, repeats: Repeats) -> None:
+        members = {id(member.layer) for member in self.request.members}
+        for owner in self.request.owners[1:]:
+            if id(owner.layer) not in members:
+                vars(owner.layer)["call"] = repeats.gate(owner.layer, owner.layer.call)
 
     def make(self, args: Any, kwargs: Any) -> Any:
         """Makes the call."""
@@ -193,7 +208,7 @@ class Rehearsal:
             y = torch.empty(
                 shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point
             )
-            y = y * 1
+            y = y.clone()
         watch.set_flow(y, Flow(dim, grad=True, origins=origins, weights=None))
         return y
 
