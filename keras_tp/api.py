@@ -31,6 +31,7 @@ from keras_tp.problems import check_model
 from keras_tp.proposals import Proposal
 from keras_tp.seam.distribution import install, uninstall
 from keras_tp.seam.layers import variables_of, walk_layers
+from keras_tp.seam.likeness import Likeness
 from keras_tp.seam.variables import full_numpy, local_tensor
 from keras_tp.verification import verify_model
 from keras_tp.wrapper import apply_plan
@@ -78,6 +79,7 @@ def plan(
         >>> print(keras_tp.plan(model, layout_map))
     """
     require_torch()
+    likeness, better = Likeness(), ""
     with uncollected():
         made = make_plan(
             model,
@@ -85,8 +87,10 @@ def plan(
             strict=strict,
             batch_axis=batch_axis,
             sequence_parallel=sequence_parallel,
+            likeness=likeness,
         )
-        better = better_layout(made, model, layout_map.device_mesh, batch_axis) if advise else ""
+        if advise:
+            better = better_layout(made, model, layout_map.device_mesh, batch_axis, likeness)
     return replace(made, notes=(*made.notes, better)) if better else made
 
 
@@ -122,7 +126,8 @@ def auto_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> 
         >>> keras_tp.parallelize(model, layout_map)
     """
     require_torch()
-    return make_layout_map(model, mesh, batch_axis)
+    with uncollected():
+        return make_layout_map(model, mesh, batch_axis)
 
 
 def parallelize(
@@ -183,13 +188,14 @@ def parallelize(
             where="parallelize(model, layout_map, plan=...)",
         )
     if plan is None:
-        plan = make_plan(
-            model,
-            layout_map,
-            strict=strict,
-            batch_axis=batch_axis,
-            sequence_parallel=sequence_parallel,
-        )
+        with uncollected():
+            plan = make_plan(
+                model,
+                layout_map,
+                strict=strict,
+                batch_axis=batch_axis,
+                sequence_parallel=sequence_parallel,
+            )
     elif not isinstance(plan, Plan):
         raise LayoutError(
             f"expected a keras_tp.Plan, got {type(plan).__name__}.",

@@ -1,4 +1,4 @@
-"""Python's collector of cycles, which walks through all objects again and again as more are made."""
+"""Python's collector of cycles, which walks through all objects anew as more are made."""
 
 from __future__ import annotations
 

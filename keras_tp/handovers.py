@@ -70,6 +70,7 @@ def find_regions(
     layers: Sequence[LayerPlan],
     plans: Sequence[VariablePlan],
     sizes: dict[str, int],
+    likeness: Likeness,
 ) -> Found:
     """Looks at all layers of a model, which is as before afterwards.
 
@@ -79,6 +80,7 @@ def find_regions(
         layers: of each, what is planned while all hand each other whole activations.
         plans: of its variables.
         sizes: ranks along each axis on whose shards layers compute.
+        likeness: tells which layers are alike.
     """
     found = Found()
     along = {axis: members_along(axis, owners, layers) for axis in sizes}
@@ -100,7 +102,6 @@ def find_regions(
             marks[id(member.layer)] = (*marks.get(id(member.layer), ()), axis, member.style)
     for head in heads:
         marks[id(head.layer)] = (*marks.get(id(head.layer), ()), "head", head.style)
-    likeness = Likeness()
     recollection = Recollection(owners, found, marks, likeness)
     recorder = Recorder()
     search = _Search(found, owners, along, sizes, cut, everywhere, recorder, Alike(likeness))
@@ -136,8 +137,9 @@ def find_regions(
 Look = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
-# Is given a layer, what that was called with, and what calls it and looks at it: what it gives.
-Around = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[[], Any]], Any]
+# Is given a layer, what that was called with, and what calls it, unless it is given a result, and
+# looks at it: what it gives.
+Around = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]
 
 
 def look_at_layers(
@@ -165,9 +167,9 @@ def look_at_layers(
         original = layer.call
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            def looked() -> Any:
+            def looked(*known: Any) -> Any:
                 nonlocal looking
-                result = original(*args, **kwargs)
+                (result,) = known or [original(*args, **kwargs)]
                 looking = True
                 try:
                     look(layer, original, args, kwargs, result)

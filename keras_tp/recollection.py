@@ -22,7 +22,7 @@ from keras_tp.plans import Region, StylePlan
 from keras_tp.rehearsal import Proof
 from keras_tp.repeats import is_plain, with_masks
 from keras_tp.seam.layers import Owner, variables_of
-from keras_tp.seam.likeness import Likeness
+from keras_tp.seam.likeness import Likeness, Looked
 from keras_tp.seam.rehearsals import without_values
 
 
@@ -150,7 +150,7 @@ class Recollection:
         places = [self.place_of[id(owner.layer)] for owner in below]
         if not self.found.looked_at.isdisjoint(places):
             return look()
-        kind = self._kind_of(layer, args, kwargs)
+        kind = self._kind_of(looked, args, kwargs)
         known = self.known.get(kind)
         given = with_masks(tensors_in((args, kwargs)))
         weights = [self.weight_of[id(v)] for v in looked.variables]
@@ -160,7 +160,7 @@ class Recollection:
         count = len(self.found.regions)
         result = look()
         # What leaves a trace, in a layer or in what it is given, has to be called each time.
-        if is_plain(result) and kind == self._kind_of(layer, args, kwargs):
+        if is_plain(result) and kind == self._kind_of(self.likeness.of(layer), args, kwargs):
             new = zip(self.found.regions[count:], self.found.proofs[count:], strict=True)
             reasons = {n: self.found.reasons[n] for n in places if n in self.found.reasons}
             tried = [numbers for numbers in self.found.tried if numbers <= set(places)]
@@ -169,8 +169,7 @@ class Recollection:
             )
         return result
 
-    def _kind_of(self, layer: Any, args: Any, kwargs: Any) -> Any:
-        looked = self.likeness.of(layer)
+    def _kind_of(self, looked: Looked, args: Any, kwargs: Any) -> Any:
         return self.likeness.kind_of_call(
             looked, args, kwargs, lambda value: self.marks.get(id(value))
         )
@@ -202,6 +201,37 @@ class Recollection:
             self.found.reasons[number[n]] = _told(reason, path, number)
         for numbers in known.tried:
             self.found.begin(frozenset(number[n] for n in numbers))
+
+
+class Outcomes:
+    """What calls of layers give, so that those that are alike need not be made to look at them.
+
+    Of a layer with others below it that are looked at as well there is no call to be left out.
+    """
+
+    def __init__(self, likeness: Likeness):
+        self.likeness = likeness
+        self.known: dict[Any, tuple[list[torch.Tensor], Any]] = {}
+
+    def call(self, layer: Any, args: Any, kwargs: Any, look: Callable[..., Any]) -> Any:
+        """What a call of a layer gives; for the arguments see `Recollection.call`.
+
+        `look` may be given the result.
+        """
+        looked = self.likeness.of(layer)
+        if any(owner.has_layers for owner in looked.below[1:]):
+            return look()
+        kind = self.likeness.kind_of_call(looked, args, kwargs, lambda value: None)
+        given = with_masks(tensors_in((args, kwargs)))
+        if kind in self.known:
+            old, result = self.known[kind]
+            return look(without_values(result, dict(zip(map(id, old), given, strict=True))))
+        result = look()
+        after = self.likeness.of(layer)
+        same = kind == self.likeness.kind_of_call(after, args, kwargs, lambda value: None)
+        if same and is_plain(result):
+            self.known[kind] = given, result
+        return result
 
 
 def _told(reason: str, path: Mapping[str, str], number: Mapping[int, int]) -> str:

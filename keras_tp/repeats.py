@@ -437,7 +437,8 @@ def _told(result: Any, call: _Call, frame: Frame, watch: Whole | Local) -> _Resu
         else:
             number = watch.numbers.kept.get(id(leaf), (leaf, -1))[1]
             look, own_gradient = _look_of(leaf)
-            as_it_lies = leaf.is_meta and _made(look).stride() == leaf.stride()
+            with watch.resting():
+                as_it_lies = leaf.is_meta and _made(look).stride() == leaf.stride()
             if number < frame[0] or own_gradient or keras_mask(leaf) is not None or not as_it_lies:
                 return None
             leaves.append((None, None, number - frame[0], look))

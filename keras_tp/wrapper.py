@@ -173,6 +173,6 @@ def _check_fits(plan: Plan, owners: list[Owner], variables: tuple[Any, ...]) -> 
     if problems:
         raise LayoutError(problems, where="this plan: it was made for another model")
     # A plan may have been made of a model without values, whose views are not all known.
-    captured = captured_weights(owners[0].layer, variables, list(plan.variables))
+    captured = captured_weights(owners, variables, list(plan.variables))
     if captured:
         raise LayoutError(captured, where="this model")
