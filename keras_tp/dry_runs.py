@@ -51,6 +51,21 @@ class Event:
     made: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What tells a call from others that are like it.
+
+    Attributes:
+        first: of the numbers that tensors get in it.
+        outer: numbers of the tensors that it is given, and of its weights.
+        names: by which layers in it are written down that are not computed.
+    """
+
+    first: int
+    outer: list[int]
+    names: list[str]
+
+
 @dataclass
 class Part(Event):
     """A call of a layer, in place of the functions that it calls.
@@ -58,35 +73,41 @@ class Part(Event):
     Attributes:
         layer: the layer.
         events: what was called in it, or in another that is like it.
-        frames: where that was recorded, and here: the first of the numbers that tensors got in it,
-            and those of the tensors that it was given or that are its weights.
+        frames: where that was recorded, and here.
         count: how many numbers tensors get in it.
     """
 
     layer: Any = None
     events: list[Event] = field(default_factory=list)
-    frames: tuple[tuple[int, list[int]], tuple[int, list[int]]] = ((0, []), (0, []))
+    frames: tuple[Frame, Frame] = (Frame(0, [], []),) * 2
     count: int = 0
 
     def expanded(self) -> list[Event]:
         """The functions, with the numbers that tensors have here."""
-        (base, outer), (here, given) = self.frames
-        if self.frames[0] == self.frames[1]:
+        there, here = self.frames
+        if there == here:
             return self.events
-        known = dict(zip(outer, given, strict=True))
+        known = dict(zip(there.outer, here.outer, strict=True))
+        named = dict(zip(there.names, here.names, strict=True))
 
         def number(n: int) -> int:
-            return known[n] if n in known else n - base + here
+            return known[n] if n in known else n - there.first + here.first
 
         def moved(event: Event) -> Event:
-            if not isinstance(event, Part):
-                return replace(
-                    event,
-                    wiring=[*map(number, event.wiring)],
-                    made=[*map(number, event.made)],
+            if isinstance(event, Part):
+                recorded, inner = event.frames
+                inner = Frame(
+                    inner.first - there.first + here.first,
+                    [*map(number, inner.outer)],
+                    [named[name] for name in inner.names],
                 )
-            recorded, (first, within) = event.frames
-            return replace(event, frames=(recorded, (first - base + here, [*map(number, within)])))
+                return replace(event, frames=(recorded, inner))
+            return replace(
+                event,
+                name=named.get(event.name, event.name),
+                wiring=[*map(number, event.wiring)],
+                made=[*map(number, event.made)],
+            )
 
         return [*map(moved, self.events)]
 

@@ -17,7 +17,7 @@ from keras_tp.dry_runs import LostTrack, Whole
 from keras_tp.flows import Flow, Unproven, even, tensors_in
 from keras_tp.layouts import Shape
 from keras_tp.plans import StylePlan
-from keras_tp.repeats import Alike, Repeats
+from keras_tp.repeats import Alike, Repeats, name_of_member
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rehearsals import (
     bare_call,
@@ -174,7 +174,7 @@ class Rehearsal:
         activation = None if member.lookup else member.layer.activation
 
         def call(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            name, watch = f"layer {member.number}", self.watch
+            name, watch = name_of_member(member.number), self.watch
             if isinstance(watch, Whole):
                 with watch.resting():
                     y = bare(inputs, *args, **kwargs)

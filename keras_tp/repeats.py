@@ -19,7 +19,7 @@ import keras
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from keras_tp.dry_runs import Event, Numbers, Part, Whole
+from keras_tp.dry_runs import Event, Frame, Numbers, Part, Whole
 from keras_tp.flows import Flow, tensors_in
 from keras_tp.seam.likeness import Likeness, Looked
 from keras_tp.seam.rehearsals import assigned_so_far, keras_mask
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 # Shape and strides of a tensor, its dtype, and whether there is a gradient.
 Look = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
-
-# The numbers that tensors get in a call start with the first; those of what it has are the others.
-Frame = tuple[int, list[int]]
 
 
 @dataclass(frozen=True)
@@ -192,8 +189,8 @@ class Repeats:
             before += events
         if state == self._traces(call) and self._is_as_before(call, layer, args, kwargs):
             told = _told(result, call, frame, watch)
-            if told is not None and events and _keeps_to_itself(events, frame[1]):
-                count = watch.numbers.count - frame[0]
+            if told is not None and events and _keeps_to_itself(events, frame.outer):
+                count = watch.numbers.count - frame.first
                 record = _Record(events, frame, count, told)
                 before[len(before) - len(events) :] = [_part(layer, record, frame)]
         self.alike.records[call.kind] = record
@@ -229,7 +226,7 @@ class Repeats:
         result = original(*args, **kwargs)
         if (
             len(watch.events) - watch.position == after
-            and watch.numbers.count == frame[0] + part.count
+            and watch.numbers.count == frame.first + part.count
             and state == self._traces(call)
             and self._is_as_before(call, layer, args, kwargs)
         ):
@@ -313,7 +310,7 @@ class Repeats:
         run.handed.update(members[i] for i in effect.handed)
         watch.started |= dict.fromkeys(members[i] for i in effect.started)
         for given, new, reading in effect.readers:
-            number = frame[0] + new if given is None else frame[1][given]
+            number = frame.first + new if given is None else frame.outer[given]
             readers = run.readers.setdefault(number, [])
             readers += [n for n in (members[i] for i in reading) if n not in readers]
         run.draws += effect.draws
@@ -375,6 +372,11 @@ class _Places:
         return self.weights[place] if place >= 0 else self.own[-1 - place]
 
 
+def name_of_member(number: int) -> str:
+    """What a layer is called here that is not computed."""
+    return f"layer {number}"
+
+
 def with_masks(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors, and the masks that Keras has put on them."""
     return [t for tensor in tensors for t in (tensor, keras_mask(tensor)) if t is not None]
@@ -398,7 +400,9 @@ def _frame_of(call: _Call, numbers: Numbers) -> Frame | None:
     """Where numbers begin; None if not all that a call has has one."""
     known = [numbers.kept.get(id(tensor)) for tensor in call.known]
     outer = [entry[1] for entry in known if entry is not None]
-    return (numbers.count, outer) if len(outer) == len(known) else None
+    if len(outer) < len(known):
+        return None
+    return Frame(numbers.count, outer, [name_of_member(n) for n in call.members])
 
 
 def _part(layer: Any, record: _Record, frame: Frame) -> Part:
@@ -412,10 +416,10 @@ def _keeps_to_itself(events: Iterable[Event], outer: Iterable[int]) -> bool:
     known = set(outer)
     for event in events:
         if isinstance(event, Part):
-            first, within = event.frames[1]
-            if not known.issuperset(within):
+            frame = event.frames[1]
+            if not known.issuperset(frame.outer):
                 return False
-            known.update(range(first, first + event.count))
+            known.update(range(frame.first, frame.first + event.count))
         else:
             if not known.issuperset(event.wiring):
                 return False
@@ -439,9 +443,14 @@ def _told(result: Any, call: _Call, frame: Frame, watch: Whole | Local) -> _Resu
             look, own_gradient = _look_of(leaf)
             with watch.resting():
                 as_it_lies = leaf.is_meta and _made(look).stride() == leaf.stride()
-            if number < frame[0] or own_gradient or keras_mask(leaf) is not None or not as_it_lies:
+            if (
+                number < frame.first
+                or own_gradient
+                or keras_mask(leaf) is not None
+                or not as_it_lies
+            ):
                 return None
-            leaves.append((None, None, number - frame[0], look))
+            leaves.append((None, None, number - frame.first, look))
     return _Result(keras.tree.map_structure(lambda leaf: None, result), leaves)
 
 
@@ -464,7 +473,7 @@ def _again(
             elif look is not None:
                 if number not in new:
                     new[number] = _made(look)
-                    watch.numbers.set(new[number], frame[0] + number)
+                    watch.numbers.set(new[number], frame.first + number)
                 value = new[number]
             leaves.append(value)
     return keras.tree.pack_sequence_as(result.structure, leaves), leaves
@@ -472,5 +481,6 @@ def _again(
 
 def _place_of(number: int, frame: Frame) -> tuple[int | None, int]:
     """The place of a tensor among those that a call has, or else its number in the call."""
-    first, outer = frame
-    return (outer.index(number), 0) if number < first else (None, number - first)
+    if number < frame.first:
+        return frame.outer.index(number), 0
+    return None, number - frame.first

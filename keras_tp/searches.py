@@ -11,15 +11,19 @@ et al. 2019, section 3), found by what the code does.
 from __future__ import annotations
 
 import functools
+import types
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import keras
+
 from keras_tp.candidates import Candidate
 from keras_tp.pairings import Paired, Pairing
 from keras_tp.regions import prove
 from keras_tp.rehearsal import LEAVES, Call, Member
+from keras_tp.seam.layers import Owner
 from keras_tp.seam.likeness import Likeness
 
 # After so many looks from further and further out a layer is tried as a column no more.
@@ -83,8 +87,7 @@ class Search:
         self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any, result: Any
     ) -> None:
         """Settles the groups below a layer."""
-        looked = self.likeness.of(layer)
-        below = looked.below
+        below = self.likeness.of(layer).below
         numbers_here = [self.number_of.get(id(owner.layer), -1) for owner in below[1:]]
         inside = {
             n: self.candidates[n] for n in sorted(numbers_here) if n >= 0 and n not in self.settled
@@ -96,7 +99,7 @@ class Search:
         open_to = frozenset(n for n in inside if self.failures[n] < LOOKS)
         order = [n for n in numbers_here if n in inside]
         roles = tuple((n in inside) + (n in open_to) for n in numbers_here)
-        kind = self.likeness.kind_of_call(looked, args, kwargs, lambda value: None), roles
+        kind = kind_of(below, args, kwargs), roles
         look = self.known.get(kind)
         if look is None:
             cut = frozenset(id(v) for c in self.candidates.values() for v in c.owner.variables)
@@ -177,6 +180,30 @@ class _Look:
         paired = prove(replace(self.call, members=members), kind)
         # (Where nothing could be called, it is a mere proof that says so.)
         return paired if isinstance(paired, Paired) else Paired(refused=paired.refused)
+
+
+def kind_of(below: Sequence[Owner], args: Any, kwargs: Any) -> Any:
+    """What is alike in calls of blocks that are alike: layers, their sizes and settings, shapes."""
+    layers = tuple(
+        (
+            type(owner.layer),
+            tuple(
+                (name, value)
+                for name, value in vars(owner.layer).items()
+                if type(value) in _SETTINGS and not hasattr(type(owner.layer), name)  # no methods
+            ),
+            tuple(tuple(v.shape) for v in owner.variables),
+        )
+        for owner in below
+    )
+    given = tuple(
+        (tuple(leaf.shape), str(leaf.dtype)) if hasattr(leaf, "shape") else repr(leaf)
+        for leaf in keras.tree.flatten((args, kwargs))
+    )
+    return layers, given, tuple(kwargs)
+
+
+_SETTINGS = {int, float, bool, types.FunctionType, type(None)}
 
 
 def grouped(paired: Paired, candidates: Mapping[int, Candidate]) -> list[Group]:
