@@ -24,13 +24,12 @@ from keras_tp.automatic import make_layout_map
 from keras_tp.backend import require_torch
 from keras_tp.checks import Verification
 from keras_tp.errors import LayoutError
-from keras_tp.garbage import uncollected
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
 from keras_tp.problems import check_model
 from keras_tp.proposals import Proposal
 from keras_tp.seam.distribution import install, uninstall
-from keras_tp.seam.layers import variables_of, walk_layers
+from keras_tp.seam.layers import by_path
 from keras_tp.seam.likeness import Likeness
 from keras_tp.seam.variables import full_numpy, local_tensor
 from keras_tp.verification import verify_model
@@ -79,18 +78,17 @@ def plan(
         >>> print(keras_tp.plan(model, layout_map))
     """
     require_torch()
-    likeness, better = Likeness(), ""
-    with uncollected():
-        made = make_plan(
-            model,
-            layout_map,
-            strict=strict,
-            batch_axis=batch_axis,
-            sequence_parallel=sequence_parallel,
-            likeness=likeness,
-        )
-        if advise:
-            better = better_layout(made, model, layout_map.device_mesh, batch_axis, likeness)
+    likeness = Likeness()
+    made = make_plan(
+        model,
+        layout_map,
+        strict=strict,
+        batch_axis=batch_axis,
+        sequence_parallel=sequence_parallel,
+        likeness=likeness,
+    )
+    mesh = layout_map.device_mesh
+    better = better_layout(made, model, mesh, batch_axis, likeness) if advise else ""
     return replace(made, notes=(*made.notes, better)) if better else made
 
 
@@ -126,8 +124,7 @@ def auto_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> 
         >>> keras_tp.parallelize(model, layout_map)
     """
     require_torch()
-    with uncollected():
-        return make_layout_map(model, mesh, batch_axis)
+    return make_layout_map(model, mesh, batch_axis)
 
 
 def parallelize(
@@ -188,14 +185,13 @@ def parallelize(
             where="parallelize(model, layout_map, plan=...)",
         )
     if plan is None:
-        with uncollected():
-            plan = make_plan(
-                model,
-                layout_map,
-                strict=strict,
-                batch_axis=batch_axis,
-                sequence_parallel=sequence_parallel,
-            )
+        plan = make_plan(
+            model,
+            layout_map,
+            strict=strict,
+            batch_axis=batch_axis,
+            sequence_parallel=sequence_parallel,
+        )
     elif not isinstance(plan, Plan):
         raise LayoutError(
             f"expected a keras_tp.Plan, got {type(plan).__name__}.",
@@ -286,7 +282,7 @@ def local_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     Of a model that is not parallelized these are the full shapes. A path that
     comes again is told apart by `#2`, `#3`, ... behind it.
     """
-    return {path: tuple(local_tensor(v).shape) for path, v in _by_path(model)}
+    return {path: tuple(local_tensor(v).shape) for path, v in by_path(model)}
 
 
 def full_weights(model: Any) -> dict[str, np.ndarray]:
@@ -296,13 +292,4 @@ def full_weights(model: Any) -> dict[str, np.ndarray]:
     one all-gather per sharded variable and axis. Of a model that is not
     parallelized it gives the values.
     """
-    return {path: full_numpy(v) for path, v in _by_path(model)}
-
-
-def _by_path(model: Any) -> list[tuple[str, Any]]:
-    seen: dict[str, int] = {}
-    named = []
-    for v in variables_of(walk_layers(model)):
-        seen[v.path] = seen.get(v.path, 0) + 1
-        named.append((v.path if seen[v.path] == 1 else f"{v.path}#{seen[v.path]}", v))
-    return named
+    return {path: full_numpy(v) for path, v in by_path(model)}

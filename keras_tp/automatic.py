@@ -17,6 +17,7 @@ import keras
 from keras_tp.candidates import Candidate, candidates_in
 from keras_tp.errors import LayoutError
 from keras_tp.families import patterns_for
+from keras_tp.garbage import uncollected
 from keras_tp.handovers import look_at_layers
 from keras_tp.layouts import Layout, MeshShape
 from keras_tp.planner import make_plan
@@ -31,6 +32,7 @@ from keras_tp.searches import Group, Search
 from keras_tp.worth import worth_cutting
 
 
+@uncollected()
 def make_layout_map(
     model: Any, mesh: Any, batch_axis: str | None = "batch", likeness: Likeness | None = None
 ) -> Proposal:

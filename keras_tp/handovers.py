@@ -13,13 +13,13 @@ from typing import Any
 
 from torch.distributed.tensor import Shard
 
+from keras_tp.alike import Alike
 from keras_tp.computations import Computation, Lookup
 from keras_tp.heads import Head, Recorder, gives_columns
 from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
 from keras_tp.recollection import Found, Recollection
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
-from keras_tp.repeats import Alike
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.likeness import Likeness
 from keras_tp.seam.rehearsals import rehearse_model

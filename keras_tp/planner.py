@@ -11,6 +11,7 @@ import keras
 
 from keras_tp.computations import Computation
 from keras_tp.errors import LayoutError, LayoutWarning
+from keras_tp.garbage import uncollected
 from keras_tp.handovers import find_regions
 from keras_tp.layouts import MeshShape
 from keras_tp.optimizers import price_of
@@ -46,6 +47,7 @@ from keras_tp.stretches import find_sequence
 REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
 
 
+@uncollected()
 def make_plan(
     model: Any,
     layout_map: Any,
@@ -94,7 +96,7 @@ def make_plan(
         )
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
     for sentence in (*unused, *said):
-        warnings.warn(sentence, LayoutWarning, stacklevel=3)
+        warnings.warn(sentence, LayoutWarning, stacklevel=4)
     notes = [*unused, *said, *notes, *_axes_in_words(plans, mesh, replicas)]
     notes += _full_reads(variables, plans)
     notes += [found.note] if found.note else []

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Shard
 
+from keras_tp.alike import is_plain, with_masks
 from keras_tp.flows import tensors_in
 from keras_tp.plans import Region, StylePlan
 from keras_tp.rehearsal import Proof
-from keras_tp.repeats import is_plain, with_masks
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.likeness import Likeness, Looked
 from keras_tp.seam.rehearsals import without_values

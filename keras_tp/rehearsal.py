@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Shard
 
+from keras_tp.alike import Alike, name_of_member
 from keras_tp.dry_runs import LostTrack, Whole
 from keras_tp.flows import Flow, Unproven, even, tensors_in
 from keras_tp.layouts import Shape
 from keras_tp.plans import StylePlan
-from keras_tp.repeats import Alike, Repeats, name_of_member
+from keras_tp.repeats import Repeats
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rehearsals import (
     bare_call,

@@ -10,94 +10,36 @@ in a layer or in what it was given. So is one in which something is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import keras
 import torch
-from torch.autograd.function import BackwardCFunction
 
-from keras_tp.dry_runs import Event, Frame, Numbers, Part, Whole
-from keras_tp.flows import Flow, tensors_in
-from keras_tp.seam.likeness import Likeness, Looked
-from keras_tp.seam.rehearsals import assigned_so_far, keras_mask
+from keras_tp.alike import (
+    Alike,
+    Effect,
+    PartCall,
+    Places,
+    Record,
+    frame_of,
+    given_again,
+    keeps_to_itself,
+    leaves_of,
+    look_of,
+    part_of,
+    place_of,
+    told_of,
+    with_masks,
+)
+from keras_tp.dry_runs import Frame, Whole
+from keras_tp.flows import tensors_in
+from keras_tp.seam.likeness import Looked
+from keras_tp.seam.rehearsals import assigned_so_far
 from keras_tp.shard_runs import Local
 
 if TYPE_CHECKING:
     from keras_tp.rehearsal import Rehearsal
-
-# Shape and strides of a tensor, its dtype, and whether there is a gradient.
-Look = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What a call gave.
-
-    Attributes:
-        structure: the nest, of whatever leaves.
-        leaves: of each its value; of a tensor its place among those that the call had, or else
-            the number that it got in the call, and how it looks.
-    """
-
-    structure: Any
-    leaves: list[tuple[Any, int | None, int, Look | None]]
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A call on the whole."""
-
-    events: list[Event]
-    frame: Frame
-    count: int
-    result: _Result
-
-
-@dataclass(frozen=True)
-class _Effect:
-    """What a call on shards has done, where layers and weights are told by their places."""
-
-    result: _Result
-    flows: list[Flow | None]
-    taken: list[tuple[int, bool]]
-    handed: list[int]
-    readers: list[tuple[int | None, int, list[int]]]
-    draws: list[int | None]
-    summed: list[int]
-    started: list[int]
-
-
-@dataclass
-class Alike:
-    """What is known of calls that are alike, in dry runs of one model."""
-
-    likeness: Likeness
-    records: dict[Any, _Record | None] = field(default_factory=dict)
-    effects: dict[Any, _Effect] = field(default_factory=dict)
-
-
-@dataclass
-class _Call:
-    """A call of a layer, in one run.
-
-    Attributes:
-        looked: the layer and all below it.
-        kind: what it has in common with all that are alike.
-        known: the tensors that it is given, and its weights.
-        given: the former.
-        members: numbers of those of the rehearsal's members that are in it.
-        weights: numbers of its weights.
-    """
-
-    looked: Looked
-    kind: Any
-    given: list[torch.Tensor]
-    known: list[torch.Tensor]
-    members: list[int]
-    weights: list[int]
 
 
 class Repeats:
@@ -140,7 +82,7 @@ class Repeats:
 
         return call
 
-    def _call_of(self, layer: Any, args: Any, kwargs: Any) -> _Call | None:
+    def _call_of(self, layer: Any, args: Any, kwargs: Any) -> PartCall | None:
         """What a call has to go by; None if that is not all known."""
         looked = self.alike.likeness.of(layer)
         variables = [self.weights.get(id(v)) for v in looked.variables]
@@ -153,33 +95,33 @@ class Repeats:
         members = [self.members[i].number for i in map(id, looked.owned) if i in self.members]
         tensors = [tensor for _, tensor in variables]  # type: ignore[misc]
         numbers = [number for number, _ in variables]  # type: ignore[misc]
-        kind = self._kind_of(looked, args, kwargs), *map(_look_of, given)
-        return _Call(looked, kind, given, [*given, *tensors], members, numbers)
+        kind = self._kind_of(looked, args, kwargs), *map(look_of, given)
+        return PartCall(looked, kind, given, [*given, *tensors], members, numbers)
 
     def _kind_of(self, looked: Looked, args: Any, kwargs: Any) -> Any:
         return self.alike.likeness.kind_of_call(
             looked, args, kwargs, lambda value: self.roles.get(id(value))
         )
 
-    def _is_as_before(self, call: _Call, layer: Any, args: Any, kwargs: Any) -> bool:
+    def _is_as_before(self, call: PartCall, layer: Any, args: Any, kwargs: Any) -> bool:
         looked = self.alike.likeness.of(layer)
-        after = self._kind_of(looked, args, kwargs), *map(_look_of, call.given)
+        after = self._kind_of(looked, args, kwargs), *map(look_of, call.given)
         return bool(after == call.kind)
 
     def _on_the_whole(
         self, watch: Whole, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         call = self._call_of(layer, args, kwargs)
-        frame = None if call is None else _frame_of(call, watch.numbers)
+        frame = None if call is None else frame_of(call, watch.numbers)
         if call is None or frame is None:
             return original(*args, **kwargs)
         record = self.alike.records.get(call.kind)
         if record is None and call.kind in self.alike.records:
             return original(*args, **kwargs)
         if record is not None:
-            watch.events.append(_part(layer, record, frame))
+            watch.events.append(part_of(layer, record, frame))
             watch.numbers.count += record.count
-            return _again(record.result, call, frame, watch)[0]
+            return given_again(record.result, call, frame, watch)[0]
         before, watch.events = watch.events, []
         state = self._traces(call)
         try:
@@ -188,15 +130,15 @@ class Repeats:
             events, watch.events = watch.events, before
             before += events
         if state == self._traces(call) and self._is_as_before(call, layer, args, kwargs):
-            told = _told(result, call, frame, watch)
-            if told is not None and events and _keeps_to_itself(events, frame.outer):
+            told = told_of(result, call, frame, watch)
+            if told is not None and events and keeps_to_itself(events, frame.outer):
                 count = watch.numbers.count - frame.first
-                record = _Record(events, frame, count, told)
-                before[len(before) - len(events) :] = [_part(layer, record, frame)]
+                record = Record(events, frame, count, told)
+                before[len(before) - len(events) :] = [part_of(layer, record, frame)]
         self.alike.records[call.kind] = record
         return result
 
-    def _traces(self, call: _Call) -> Any:
+    def _traces(self, call: PartCall) -> Any:
         versions = [tensor._version for tensor in call.known]
         return len(self.losses), len(assigned_so_far()), versions
 
@@ -209,11 +151,11 @@ class Repeats:
         call = self._call_of(layer, args, kwargs)
         if call is None:
             return original(*args, **kwargs)
-        frame = _frame_of(call, watch.numbers)
+        frame = frame_of(call, watch.numbers)
         flows = [flow for t in call.given if (flow := watch.flows.get(id(t))) is not None]
         if part.frames[1] != frame or len(flows) < len(call.given):
             return original(*args, **kwargs)
-        places = _Places(call, flows)
+        places = Places(call, flows)
         key = self._key(watch, call, places)
         effect = self.alike.effects.get(key)
         if effect is not None:
@@ -235,7 +177,7 @@ class Repeats:
                 self.alike.effects[key] = effect
         return result
 
-    def _key(self, watch: Local, call: _Call, places: _Places) -> Any:
+    def _key(self, watch: Local, call: PartCall, places: Places) -> Any:
         """All that decides what a call on shards does."""
         run = self.rehearsal
         weights = [*call.weights, *places.weights]
@@ -251,7 +193,7 @@ class Repeats:
             tuple((n in run.summed, n in watch.summed, n in watch.mixed) for n in weights),
         )
 
-    def _state(self, watch: Local, call: _Call) -> Any:
+    def _state(self, watch: Local, call: PartCall) -> Any:
         run = self.rehearsal
         flows = [watch.flows.get(id(t)) for t in call.known]
         numbers = [n for n in map(watch.numbers.of, call.known) if n in run.readers]
@@ -266,30 +208,30 @@ class Repeats:
         self,
         watch: Local,
         result: Any,
-        call: _Call,
-        places: _Places,
+        call: PartCall,
+        places: Places,
         frame: Frame,
         before: Any,
-    ) -> _Effect | None:
+    ) -> Effect | None:
         """What was done; None if it cannot be told by places."""
         run = self.rehearsal
         unchanged, (draws, started, count), summed, readers = before
-        told = _told(result, call, frame, watch)
+        told = told_of(result, call, frame, watch)
         if told is None or unchanged != self._state(watch, call)[0]:
             return None
         reading = [(n, run.readers[n]) for n, old in readers.items() if run.readers[n] != old]
         reading += islice(run.readers.items(), count, None)
         place = {number: i for i, number in enumerate(call.members)}
         try:
-            return _Effect(
+            return Effect(
                 told,
                 [
                     None if look is None else places.coded(watch.flow_of(leaf))
-                    for leaf, (*_, look) in zip(_flat(result), told.leaves, strict=True)
+                    for leaf, (*_, look) in zip(leaves_of(result), told.leaves, strict=True)
                 ],
                 [(place[n], run.taken[n]) for n in call.members if n in run.taken],
                 [place[n] for n in call.members if n in run.handed],
-                [(*_place_of(n, frame), [place[m] for m in ms if m in place]) for n, ms in reading],
+                [(*place_of(n, frame), [place[m] for m in ms if m in place]) for n, ms in reading],
                 list(run.draws[draws:]),
                 [places.weight(n) for n in sorted(watch.summed - summed)],
                 [place[n] for n in islice(watch.started, started, None)],
@@ -300,9 +242,9 @@ class Repeats:
     def _repeated(
         self,
         watch: Local,
-        effect: _Effect,
-        call: _Call,
-        places: _Places,
+        effect: Effect,
+        call: PartCall,
+        places: Places,
         frame: Frame,
     ) -> Any:
         run, members = self.rehearsal, call.members
@@ -315,172 +257,8 @@ class Repeats:
             readers += [n for n in (members[i] for i in reading) if n not in readers]
         run.draws += effect.draws
         watch.summed |= {places.weight_at(i) for i in effect.summed}
-        result, leaves = _again(effect.result, call, frame, watch)
+        result, leaves = given_again(effect.result, call, frame, watch)
         for tensor, flow in zip(leaves, effect.flows, strict=True):
             if flow is not None:
                 watch.flows[id(tensor)] = places.decoded(flow)
         return result
-
-
-class _Places:
-    """What flows of tensors that a call is given come from, by places: 0, 1, ...
-
-    What is in the call has negative ones: -1, -2, ...
-    """
-
-    def __init__(self, call: _Call, flows: Sequence[Flow]):
-        self.flows = flows
-        inside = {n: -1 - i for i, n in enumerate(call.members)}
-        weights = {n: -1 - i for i, n in enumerate(call.weights)}
-        self.inside, self.own = call.members, call.weights
-        origins = {n for flow in self.flows for n in flow.origins} - inside.keys()
-        others = {n for flow in self.flows for n in flow.weights or ()} - weights.keys()
-        self.origins, self.weights = sorted(origins), sorted(others)
-        self._origin = inside | {n: i for i, n in enumerate(self.origins)}
-        self._weight = weights | {n: i for i, n in enumerate(self.weights)}
-
-    def coded(self, flow: Flow) -> Flow:
-        """A flow by places."""
-        weights = flow.weights
-        if not flow.origins and not weights:
-            return flow
-        return replace(
-            flow,
-            origins=frozenset(self._origin[n] for n in flow.origins),
-            weights=None if weights is None else frozenset(self._weight[n] for n in weights),
-        )
-
-    def decoded(self, flow: Flow) -> Flow:
-        """A flow of this call, of one by places."""
-        weights = flow.weights
-        if not flow.origins and not weights:
-            return flow
-        return replace(
-            flow,
-            origins=frozenset(
-                self.origins[i] if i >= 0 else self.inside[-1 - i] for i in flow.origins
-            ),
-            weights=None if weights is None else frozenset(map(self.weight_at, weights)),
-        )
-
-    def weight(self, number: int) -> int:
-        """The place of a weight."""
-        return self._weight[number]
-
-    def weight_at(self, place: int) -> int:
-        """The weight in a place."""
-        return self.weights[place] if place >= 0 else self.own[-1 - place]
-
-
-def name_of_member(number: int) -> str:
-    """What a layer is called here that is not computed."""
-    return f"layer {number}"
-
-
-def with_masks(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors, and the masks that Keras has put on them."""
-    return [t for tensor in tensors for t in (tensor, keras_mask(tensor)) if t is not None]
-
-
-def is_plain(result: Any) -> bool:
-    """Whether there is nothing in what a call gave but tensors and plain values."""
-    return all(isinstance(x, torch.Tensor | bool | int | float | str | None) for x in _flat(result))
-
-
-def _flat(result: Any) -> list[Any]:
-    return list(keras.tree.flatten(result))
-
-
-def _look_of(tensor: torch.Tensor) -> tuple[Look, bool]:
-    look = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad
-    return look, isinstance(tensor.grad_fn, BackwardCFunction)
-
-
-def _frame_of(call: _Call, numbers: Numbers) -> Frame | None:
-    """Where numbers begin; None if not all that a call has has one."""
-    known = [numbers.kept.get(id(tensor)) for tensor in call.known]
-    outer = [entry[1] for entry in known if entry is not None]
-    if len(outer) < len(known):
-        return None
-    return Frame(numbers.count, outer, [name_of_member(n) for n in call.members])
-
-
-def _part(layer: Any, record: _Record, frame: Frame) -> Part:
-    name = f"the call of a {type(layer).__name__}"
-    frames = record.frame, frame
-    return Part(name, None, [], [], [], [], [], layer, record.events, frames, record.count)
-
-
-def _keeps_to_itself(events: Iterable[Event], outer: Iterable[int]) -> bool:
-    """Whether functions are given nothing but what a call has, and what they make of it."""
-    known = set(outer)
-    for event in events:
-        if isinstance(event, Part):
-            frame = event.frames[1]
-            if not known.issuperset(frame.outer):
-                return False
-            known.update(range(frame.first, frame.first + event.count))
-        else:
-            if not known.issuperset(event.wiring):
-                return False
-            known.update(event.made)
-    return True
-
-
-def _told(result: Any, call: _Call, frame: Frame, watch: Whole | Local) -> _Result | None:
-    """What a call gave; None if another could not give the same."""
-    if not is_plain(result):
-        return None
-    place = {id(tensor): i for i, tensor in enumerate(call.known)}
-    leaves: list[tuple[Any, int | None, int, Look | None]] = []
-    for leaf in _flat(result):
-        if not isinstance(leaf, torch.Tensor):
-            leaves.append((leaf, None, 0, None))
-        elif id(leaf) in place:
-            leaves.append((None, place[id(leaf)], 0, None))
-        else:
-            number = watch.numbers.kept.get(id(leaf), (leaf, -1))[1]
-            look, own_gradient = _look_of(leaf)
-            with watch.resting():
-                as_it_lies = leaf.is_meta and _made(look).stride() == leaf.stride()
-            if (
-                number < frame.first
-                or own_gradient
-                or keras_mask(leaf) is not None
-                or not as_it_lies
-            ):
-                return None
-            leaves.append((None, None, number - frame.first, look))
-    return _Result(keras.tree.map_structure(lambda leaf: None, result), leaves)
-
-
-def _made(look: Look) -> torch.Tensor:
-    shape, strides, dtype, gradient = look
-    tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta", requires_grad=gradient)
-    return tensor.clone() if gradient else tensor  # not a leaf, so that it may be written into
-
-
-def _again(
-    result: _Result, call: _Call, frame: Frame, watch: Whole | Local
-) -> tuple[Any, list[Any]]:
-    """What a call gives that is like another, and its leaves."""
-    new: dict[int, torch.Tensor] = {}
-    leaves = []
-    with watch.resting():
-        for value, place, number, look in result.leaves:
-            if place is not None:
-                value = call.known[place]
-            elif look is not None:
-                if number not in new:
-                    new[number] = _made(look)
-                    watch.numbers.set(new[number], frame.first + number)
-                value = new[number]
-            leaves.append(value)
-    return keras.tree.pack_sequence_as(result.structure, leaves), leaves
-
-
-def _place_of(number: int, frame: Frame) -> tuple[int | None, int]:
-    """The place of a tensor among those that a call has, or else its number in the call."""
-    if number < frame.first:
-        return frame.outer.index(number), 0
-    return None, number - frame.first

@@ -24,6 +24,7 @@ MODULES = {
 DECIDE = {
     "addresses",
     "advice",
+    "alike",
     "automatic",
     "blocks",
     "candidates",
@@ -46,6 +47,7 @@ DECIDE = {
     "errors",
     "families",
     "flows",
+    "garbage",
     "gates",
     "handovers",
     "heads",
@@ -72,6 +74,7 @@ DECIDE = {
     "recollection",
     "regions",
     "rehearsal",
+    "repeats",
     "rounding",
     "searches",
     "sequences",

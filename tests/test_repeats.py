@@ -1,7 +1,7 @@
 """Calls that are not made again in dry runs, and that a plan is the one of making all of them.
 
-Seen to fail: `_keeps_to_itself` in keras_tp/repeats.py giving True ("a tensor from elsewhere"),
-`_Places.decoded` giving the flow as it is ("columns that end apart"), `draws`, `summed` or `taken`
+Seen to fail: `keeps_to_itself` in keras_tp/alike.py giving True ("a tensor from elsewhere"),
+`Places.decoded` giving the flow as it is ("columns that end apart"), `draws`, `summed` or `taken`
 left out of what is repeated ("stacks"; the last two "columns that end apart"), the members left
 out of the key of an effect ("called twice"), `is_as_before` in keras_tp/seam/likeness.py giving
 True (the setting that is changed).

@@ -62,6 +62,16 @@ def variables_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
     return _unique(v for owner in owners for v in owner.variables)
 
 
+def by_path(model: Any) -> list[tuple[str, Any]]:
+    """All variables of a model with their paths, of which each further one has a number."""
+    seen: dict[str, int] = {}
+    named = []
+    for v in variables_of(walk_layers(model)):
+        seen[v.path] = seen.get(v.path, 0) + 1
+        named.append((v.path if seen[v.path] == 1 else f"{v.path}#{seen[v.path]}", v))
+    return named
+
+
 def states_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
     """The variables that a call may write: statistics, counts, seeds."""
     states: list[Any] = []
