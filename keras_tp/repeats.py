@@ -35,7 +35,7 @@ from keras_tp.alike import (
 from keras_tp.dry_runs import Frame, Whole
 from keras_tp.flows import tensors_in
 from keras_tp.seam.likeness import Looked
-from keras_tp.seam.rehearsals import assigned_so_far
+from keras_tp.seam.rehearsals import assigned_so_far, times_written
 from keras_tp.shard_runs import Local
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ class Repeats:
         return result
 
     def _traces(self, call: PartCall) -> Any:
-        versions = [tensor._version for tensor in call.known]
-        return len(self.losses), len(assigned_so_far()), versions
+        return len(self.losses), len(assigned_so_far()), times_written(call.known)
 
     def _on_shards(
         self, watch: Local, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any

@@ -84,6 +84,11 @@ def assigned_so_far() -> list[int]:
     return scope.assigned
 
 
+def times_written(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """How often each tensor has been written into."""
+    return [tensor._version for tensor in tensors]
+
+
 @contextlib.contextmanager
 def rehearsal(
     owners: list[Owner],
