@@ -79,9 +79,7 @@ class _Scope(StatelessScope):
 
 def assigned_so_far() -> list[int]:
     """Identities of the variables that were assigned to in this rehearsal, in turn."""
-    scope = get_stateless_scope()
-    assert isinstance(scope, _Scope)
-    return scope.assigned
+    return get_stateless_scope().assigned
 
 
 def times_written(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -149,11 +147,9 @@ def _empty_ones(
     others = {id(v) for v in variables}
 
     def read(variable: Any) -> torch.Tensor | None:
-        if id(variable) not in known:
-            if id(variable) not in others:
-                return None
+        if id(variable) not in known and id(variable) in others:
             known[id(variable)] = weight_without_values(variable)
-        return known[id(variable)]
+        return known.get(id(variable))
 
     return read
 
