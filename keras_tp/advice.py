@@ -14,12 +14,15 @@ from keras_tp.layouts import Layout
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan, StylePlan
 from keras_tp.proposals import Proposal
+from keras_tp.seam.likeness import Likeness
 
 # More patterns than these are not named.
 NAMED = 6
 
 
-def better_layout(plan: Plan, model: Any, mesh: Any, batch_axis: str | None) -> str:
+def better_layout(
+    plan: Plan, model: Any, mesh: Any, batch_axis: str | None, likeness: Likeness
+) -> str:
     """What to cut otherwise and what that saves, in words; empty if nothing is known to be better.
 
     Of the layers that `plan` cuts are considered those that could hand each other shards
@@ -31,11 +34,12 @@ def better_layout(plan: Plan, model: Any, mesh: Any, batch_axis: str | None) -> 
         model: as it was planned.
         mesh: of the layout map.
         batch_axis: as it was planned with.
+        likeness: tells which layers of the model are alike.
     """
     if not any(_costs(style, plan) for layer in plan.layers for style in layer.styles):
         return ""
     try:
-        found = _other_plan(plan, model, mesh, batch_axis)
+        found = _other_plan(plan, model, mesh, batch_axis, likeness)
     except LayoutError:  # no pattern tells its variables apart
         return ""
     if found is None:
@@ -65,10 +69,10 @@ def _costs(style: StylePlan, plan: Plan) -> bool:
 
 
 def _other_plan(
-    plan: Plan, model: Any, mesh: Any, batch_axis: str | None
+    plan: Plan, model: Any, mesh: Any, batch_axis: str | None, likeness: Likeness
 ) -> tuple[Plan, dict[str, Layout]] | None:
     """The plan with the proposed layout of layers that are cut, and what it has otherwise."""
-    proposed = make_layout_map(model, mesh, batch_axis).plan
+    proposed = make_layout_map(model, mesh, batch_axis, likeness).plan
     assert proposed is not None
     layouts = {v.path: v.layout for v in plan.variables}
     changed: dict[str, Layout] = {}
@@ -82,12 +86,15 @@ def _other_plan(
     if not changed:
         return None
     layouts |= changed
+    named = patterns_for(changed, list(layouts))
+    if all(layouts[v.path] == v.layout for v in proposed.variables):
+        return proposed, named
     paths = list(layouts)
     made = Proposal(mesh)
     cut = {path: layout for path, layout in layouts.items() if any(layout)}
     for pattern, layout in patterns_for(cut, paths).items():
         made[pattern] = layout
-    return make_plan(model, made, batch_axis=batch_axis), patterns_for(changed, paths)
+    return make_plan(model, made, batch_axis=batch_axis, likeness=likeness), named
 
 
 def _collectives(plan: Plan) -> Counter[str]:

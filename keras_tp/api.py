@@ -29,7 +29,8 @@ from keras_tp.plans import Plan
 from keras_tp.problems import check_model
 from keras_tp.proposals import Proposal
 from keras_tp.seam.distribution import install, uninstall
-from keras_tp.seam.layers import variables_of, walk_layers
+from keras_tp.seam.layers import by_path
+from keras_tp.seam.likeness import Likeness
 from keras_tp.seam.variables import full_numpy, local_tensor
 from keras_tp.verification import verify_model
 from keras_tp.wrapper import apply_plan
@@ -77,14 +78,17 @@ def plan(
         >>> print(keras_tp.plan(model, layout_map))
     """
     require_torch()
+    likeness = Likeness()
     made = make_plan(
         model,
         layout_map,
         strict=strict,
         batch_axis=batch_axis,
         sequence_parallel=sequence_parallel,
+        likeness=likeness,
     )
-    better = better_layout(made, model, layout_map.device_mesh, batch_axis) if advise else ""
+    mesh = layout_map.device_mesh
+    better = better_layout(made, model, mesh, batch_axis, likeness) if advise else ""
     return replace(made, notes=(*made.notes, better)) if better else made
 
 
@@ -278,7 +282,7 @@ def local_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     Of a model that is not parallelized these are the full shapes. A path that
     comes again is told apart by `#2`, `#3`, ... behind it.
     """
-    return {path: tuple(local_tensor(v).shape) for path, v in _by_path(model)}
+    return {path: tuple(local_tensor(v).shape) for path, v in by_path(model)}
 
 
 def full_weights(model: Any) -> dict[str, np.ndarray]:
@@ -288,13 +292,4 @@ def full_weights(model: Any) -> dict[str, np.ndarray]:
     one all-gather per sharded variable and axis. Of a model that is not
     parallelized it gives the values.
     """
-    return {path: full_numpy(v) for path, v in _by_path(model)}
-
-
-def _by_path(model: Any) -> list[tuple[str, Any]]:
-    seen: dict[str, int] = {}
-    named = []
-    for v in variables_of(walk_layers(model)):
-        seen[v.path] = seen.get(v.path, 0) + 1
-        named.append((v.path if seen[v.path] == 1 else f"{v.path}#{seen[v.path]}", v))
-    return named
+    return {path: full_numpy(v) for path, v in by_path(model)}

@@ -17,20 +17,27 @@ import keras
 from keras_tp.candidates import Candidate, candidates_in
 from keras_tp.errors import LayoutError
 from keras_tp.families import patterns_for
+from keras_tp.garbage import uncollected
 from keras_tp.handovers import look_at_layers
 from keras_tp.layouts import Layout, MeshShape
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan, itemsize
 from keras_tp.problems import read_batch_axis
 from keras_tp.proposals import Proposal
+from keras_tp.recollection import Outcomes
 from keras_tp.regions import shortened
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.likeness import Likeness
 from keras_tp.searches import Group, Search
 from keras_tp.worth import worth_cutting
 
 
-def make_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> Proposal:
-    """Proposes a layout map; see `keras_tp.auto_layout_map`."""
+@uncollected()
+def make_layout_map(
+    model: Any, mesh: Any, batch_axis: str | None = "batch", likeness: Likeness | None = None
+) -> Proposal:
+    """Proposes a layout map; see `keras_tp.auto_layout_map`. Adds to what is known of likeness."""
+    likeness = likeness or Likeness()
     if not isinstance(mesh, keras.distribution.DeviceMesh):
         raise LayoutError(
             f"expected a keras.distribution.DeviceMesh, got {type(mesh).__name__}; "
@@ -43,11 +50,12 @@ def make_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> 
         reason = f"the mesh ({whole.mesh}) has no axis of several ranks to cut along"
         return _proposed(mesh, whole, {}, {v.path: reason for v in whole.variables}, axis, notes)
     owners = walk_layers(model)
-    candidates, reasons = candidates_in(model, owners, axis, whole.mesh.axis_size(axis))
-    search = Search(model, candidates)
+    candidates, reasons = candidates_in(owners, axis, whole.mesh.axis_size(axis))
+    search = Search(model, candidates, likeness)
     try:
         if candidates:
-            look_at_layers(model, owners, search.look_at)
+            around = Outcomes(likeness).call
+            look_at_layers(model, owners, search.look_at, around=around)
     except Exception as error:
         notes.append(f"the model could not be called without values ({shortened(error)}).")
         search.groups, search.heads = [], set()
@@ -57,7 +65,7 @@ def make_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> 
     while True:
         layouts = draft.layouts()
         made = _proposed(mesh, whole, layouts, draft.left(layouts), axis, notes)
-        made.plan = make_plan(model, made, batch_axis=batch_axis)
+        made.plan = make_plan(model, made, batch_axis=batch_axis, likeness=likeness)
         if not draft.drop_unconfirmed(made.plan):
             return made
 
@@ -159,17 +167,18 @@ class _Draft:
         No pattern tells two variables of one path apart: where only one would be cut, or they
         would be cut differently, none is.
         """
+        layouts = {id(group): self._layouts(group) for group in self.groups}
         while True:
             by_path: dict[str, dict[int, Layout]] = {}
             for i, v in enumerate(self.whole.variables):
                 by_path.setdefault(v.path, {})[i] = (None,) * len(v.shape)
             for group in self.groups:
-                for i, layout in self._layouts(group).items():
+                for i, layout in layouts[id(group)].items():
                     by_path[self.whole.variables[i].path][i] = layout
             unclear = {path for path, each in by_path.items() if len(set(each.values())) > 1}
             before = list(self.groups)
             for group in before:
-                paths = {self.whole.variables[i].path for i in self._layouts(group)}
+                paths = {self.whole.variables[i].path for i in layouts[id(group)]}
                 for path in sorted(paths & unclear):
                     self._drop(group, f"no pattern could tell it from another {path!r}")
             if self.groups == before:

@@ -125,7 +125,7 @@ class Candidate:
 
 
 def candidates_in(
-    model: Any, owners: Sequence[Owner], axis: str, parts: int
+    owners: Sequence[Owner], axis: str, parts: int
 ) -> tuple[dict[int, Candidate], dict[int, str]]:
     """The layers that could be cut, by number, and of all others with variables why not."""
     holders: dict[int, list[int]] = {}
@@ -138,7 +138,7 @@ def candidates_in(
         if isinstance(owner.layer, REPEATING)
         for v in variables_of(walk_layers(owner.layer))
     }
-    viewed = {id(v): name for name, v in captured_views(model, variables_of(owners))}
+    viewed = {id(v): name for name, v in captured_views(owners, variables_of(owners))}
     found, reasons = {}, {}
     for number, owner in enumerate(owners):
         if not owner.variables:

@@ -48,9 +48,13 @@ class Axis:
 
     @classmethod
     def of(cls, mesh: DeviceMesh, name: str) -> Axis:
-        group, line = mesh.get_group(name), mesh[name].mesh.tolist()
-        order = tuple(dist.get_group_rank(group, rank) for rank in line)
-        return cls(name, group.group_name, order, line.index(dist.get_rank()))
+        # Every variable and layer asks, and torch takes its time to slice a mesh.
+        known: dict[str, Axis] = vars(mesh).setdefault("_keras_tp_axes", {})
+        if name not in known:
+            group, line = mesh.get_group(name), mesh[name].mesh.tolist()
+            order = tuple(dist.get_group_rank(group, rank) for rank in line)
+            known[name] = cls(name, group.group_name, order, line.index(dist.get_rank()))
+        return known[name]
 
     @property
     def size(self) -> int:

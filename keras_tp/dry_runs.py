@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -39,6 +39,7 @@ class Event:
         given: full shapes of the tensors.
         out: full shapes of the tensors it gave.
         dtypes: their dtypes.
+        made: their numbers.
     """
 
     name: str
@@ -47,6 +48,68 @@ class Event:
     given: list[Shape]
     out: list[Shape]
     dtypes: list[torch.dtype]
+    made: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What tells a call from others that are like it.
+
+    Attributes:
+        first: of the numbers that tensors get in it.
+        outer: numbers of the tensors that it is given, and of its weights.
+        names: by which layers in it are written down that are not computed.
+    """
+
+    first: int
+    outer: list[int]
+    names: list[str]
+
+
+@dataclass
+class Part(Event):
+    """A call of a layer, in place of the functions that it calls.
+
+    Attributes:
+        layer: the layer.
+        events: what was called in it, or in another that is like it.
+        frames: where that was recorded, and here.
+        count: how many numbers tensors get in it.
+    """
+
+    layer: Any = None
+    events: list[Event] = field(default_factory=list)
+    frames: tuple[Frame, Frame] = (Frame(0, [], []),) * 2
+    count: int = 0
+
+    def expanded(self) -> list[Event]:
+        """The functions, with the numbers that tensors have here."""
+        there, here = self.frames
+        if there == here:
+            return self.events
+        known = dict(zip(there.outer, here.outer, strict=True))
+        named = dict(zip(there.names, here.names, strict=True))
+
+        def number(n: int) -> int:
+            return known[n] if n in known else n - there.first + here.first
+
+        def moved(event: Event) -> Event:
+            if isinstance(event, Part):
+                recorded, inner = event.frames
+                inner = Frame(
+                    inner.first - there.first + here.first,
+                    [*map(number, inner.outer)],
+                    [named[name] for name in inner.names],
+                )
+                return replace(event, frames=(recorded, inner))
+            return replace(
+                event,
+                name=named.get(event.name, event.name),
+                wiring=[*map(number, event.wiring)],
+                made=[*map(number, event.made)],
+            )
+
+        return [*map(moved, self.events)]
 
 
 @dataclass
@@ -62,6 +125,10 @@ class Numbers:
             self.kept[id(tensor)] = tensor, self.count
             self.count += 1
         return self.kept[id(tensor)][1]
+
+    def set(self, tensor: torch.Tensor, number: int) -> None:
+        """Gives a tensor, which is new, a number of those that a part has."""
+        self.kept[id(tensor)] = tensor, number
 
     def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
         """Gives a tensor, which is new, the number of another that it stands for."""
@@ -166,19 +233,17 @@ class Whole(Run):
         shapes: list[Shape] | None = None,
     ) -> None:
         """Writes down one function."""
-        wiring = [self.numbers.of(t) for t in given]
         self.events.append(
             Event(
                 name,
                 values,
-                wiring,
+                [self.numbers.of(t) for t in given],
                 [tuple(t.shape) for t in given] if shapes is None else shapes,
                 [tuple(t.shape) for t in out],
                 [t.dtype for t in out],
+                [self.numbers.of(t) for t in out],
             )
         )
-        for tensor in out:
-            self.numbers.of(tensor)
 
 
 def name_of(func: Any) -> str:

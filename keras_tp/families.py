@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-from keras_tp.patterns import match_paths
+from keras_tp.patterns import MATCHES_PARTS, match_paths
 
 Value = TypeVar("Value")
 # For each part of a path, what stands between its numbers; and the numbers, "" for none at the end.
@@ -27,16 +27,21 @@ def patterns_for(meant: Mapping[str, Value], paths: Iterable[str]) -> dict[str, 
     """
     everything = list(dict.fromkeys(paths))
     alike: dict[tuple[Stems, Value], dict[str, Places]] = {}
+    by_stems: dict[Stems, dict[str, Places]] = {}
+    read = {path: _read(path) for path in everything}
+    for path, (stems, places) in read.items():
+        by_stems.setdefault(stems, {})[path] = places
     for path, value in meant.items():
-        stems, places = _read(path)
+        stems, places = read[path]
         alike.setdefault((stems, value), {})[path] = places
     made: dict[str, Value] = {}
     for (stems, value), family in alike.items():
-        made |= dict.fromkeys(_patterns(stems, family, everything), value)
-    claims = match_paths(list(made), everything)
-    got = {path: made[pattern] for path, pattern in claims.pattern_of.items()}
-    if claims.problems or got != dict(meant):  # a Keras whose patterns match parts of paths
-        made = {f"^{pattern}$": value for pattern, value in made.items()}
+        made |= dict.fromkeys(_patterns(stems, family, by_stems[stems]), value)
+    if MATCHES_PARTS:
+        claims = match_paths(list(made), everything)
+        got = {path: made[pattern] for path, pattern in claims.pattern_of.items()}
+        if claims.problems or got != dict(meant):
+            made = {f"^{pattern}$": value for pattern, value in made.items()}
     return made
 
 
@@ -50,19 +55,35 @@ def _read(path: str) -> tuple[Stems, Places]:
     return tuple(stems), tuple(places)
 
 
-def _patterns(stems: Stems, family: dict[str, Places], everything: Sequence[str]) -> list[str]:
-    others = [path for path in everything if path not in family]
+def _patterns(stems: Stems, family: dict[str, Places], all_of_them: dict[str, Places]) -> list[str]:
+    """Patterns of a family, and of no other path; one that has other stems none of them claims."""
+    others = [places for path, places in all_of_them.items() if path not in family]
     for listed in (False, True):
-        parts = []
+        parts, taken = [], []
         for number, texts in enumerate(stems):
             seen = zip(*(places[number] for places in family.values()), strict=True)
-            numbers = [_number(list(dict.fromkeys(each)), listed) for each in seen]
+            distinct = [list(dict.fromkeys(each)) for each in seen]
+            taken.append([_takes(each, listed) for each in distinct])
+            numbers = [_number(each, listed) for each in distinct]
             texts = tuple(re.escape(text) for text in texts)
             parts.append("".join(t + n for t, n in zip(texts, numbers, strict=True)))
-        pattern = "/".join(parts)
-        if not any(re.fullmatch(pattern, path) for path in others):
-            return [pattern]
+        if not any(
+            all(
+                takes(text)
+                for each, place in zip(taken, places, strict=True)
+                for takes, text in zip(each, place, strict=True)
+            )
+            for places in others
+        ):
+            return ["/".join(parts)]
     return [re.escape(path) for path in family]
+
+
+def _takes(seen: list[str], listed: bool) -> Callable[[str], object]:
+    """Whether the pattern of `_number` takes a number, or none, in that place."""
+    if len(seen) == 1 or listed:
+        return set(seen).__contains__
+    return bool if "" not in seen else lambda text: True
 
 
 def _number(seen: list[str], listed: bool) -> str:

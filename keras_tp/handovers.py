@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.distributed.tensor import Shard
 
+from keras_tp.alike import Alike
 from keras_tp.computations import Computation, Lookup
 from keras_tp.heads import Head, Recorder, gives_columns
 from keras_tp.plans import LayerPlan, Region, StylePlan, VariablePlan
@@ -20,6 +21,7 @@ from keras_tp.recollection import Found, Recollection
 from keras_tp.regions import members_below, prove, shortened
 from keras_tp.rehearsal import Call, Member, Proof
 from keras_tp.seam.layers import Owner, variables_of
+from keras_tp.seam.likeness import Likeness
 from keras_tp.seam.rehearsals import rehearse_model
 
 # What an unknown number of rows, and any other unknown size, is taken to be.
@@ -68,6 +70,7 @@ def find_regions(
     layers: Sequence[LayerPlan],
     plans: Sequence[VariablePlan],
     sizes: dict[str, int],
+    likeness: Likeness,
 ) -> Found:
     """Looks at all layers of a model, which is as before afterwards.
 
@@ -77,6 +80,7 @@ def find_regions(
         layers: of each, what is planned while all hand each other whole activations.
         plans: of its variables.
         sizes: ranks along each axis on whose shards layers compute.
+        likeness: tells which layers are alike.
     """
     found = Found()
     along = {axis: members_along(axis, owners, layers) for axis in sizes}
@@ -98,9 +102,9 @@ def find_regions(
             marks[id(member.layer)] = (*marks.get(id(member.layer), ()), axis, member.style)
     for head in heads:
         marks[id(head.layer)] = (*marks.get(id(head.layer), ()), "head", head.style)
-    recollection = Recollection(owners, found, marks)
+    recollection = Recollection(owners, found, marks, likeness)
     recorder = Recorder()
-    search = _Search(found, owners, along, sizes, cut, everywhere, recorder)
+    search = _Search(found, owners, along, sizes, cut, everywhere, recorder, Alike(likeness))
 
     def around(layer: Any, args: Any, kwargs: Any, looked: Callable[[], Any]) -> Any:
         called = False
@@ -133,8 +137,9 @@ def find_regions(
 Look = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
-# Is given a layer, what that was called with, and what calls it and looks at it: what it gives.
-Around = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[[], Any]], Any]
+# Is given a layer, what that was called with, and what calls it, unless it is given a result, and
+# looks at it: what it gives.
+Around = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]
 
 
 def look_at_layers(
@@ -162,9 +167,9 @@ def look_at_layers(
         original = layer.call
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            def looked() -> Any:
+            def looked(*known: Any) -> Any:
                 nonlocal looking
-                result = original(*args, **kwargs)
+                (result,) = known or [original(*args, **kwargs)]
                 looking = True
                 try:
                     look(layer, original, args, kwargs, result)
@@ -189,6 +194,7 @@ class _Search:
     cut: frozenset[int]
     everywhere: dict[int, int]  # numbers of variables, by identity
     recorder: Recorder
+    alike: Alike
     result: Any = None  # what the model gave
 
     def look_at(
@@ -203,7 +209,8 @@ class _Search:
             numbers = frozenset(m.number for m in inside)
             if not can_pair(inside) or not self.found.begin(numbers):
                 continue
-            call = Call(below, original, args, kwargs, inside, self.sizes[axis], self.cut)
+            parts = self.sizes[axis]
+            call = Call(below, original, args, kwargs, inside, parts, self.cut, self.alike)
             with self.recorder.resting():
                 proof = prove(call)
             self.found.reasons |= dict(proof.refused)

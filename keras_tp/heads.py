@@ -125,7 +125,8 @@ class Recorder(TorchFunctionMode):
         again = head.number in self.given  # called twice, it is none
         if isinstance(head.computation, Lookup):
             self.reversed.add(head.number)
-        self.forget([head.number])
+        if again:
+            self.forget([head.number])
         self._kept.append(y)
         if not again:
             self.given[head.number] = head, y

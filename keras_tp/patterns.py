@@ -28,7 +28,7 @@ def _matches_parts() -> bool:
     return probe["abc"] is not None
 
 
-_MATCHES_PARTS = _matches_parts()
+MATCHES_PARTS = _matches_parts()
 # Seconds that all patterns have together, and that each has at least.
 PATIENCE, LEAST = 2.0, 0.05
 
@@ -61,7 +61,7 @@ def match_paths(patterns: Sequence[Any], paths: Sequence[str]) -> Claims:
         except re.error as error:
             claims.problems.append(f"pattern {pattern!r} is not a valid regex: {error}.")
         else:
-            matchers[pattern] = regex.search if _MATCHES_PARTS else regex.fullmatch
+            matchers[pattern] = regex.search if MATCHES_PARTS else regex.fullmatch
     matching: dict[str, list[str]] = {path: [] for path in paths}
     slow: set[str] = set()
     end = time.monotonic() + PATIENCE

@@ -11,6 +11,7 @@ import keras
 
 from keras_tp.computations import Computation
 from keras_tp.errors import LayoutError, LayoutWarning
+from keras_tp.garbage import uncollected
 from keras_tp.handovers import find_regions
 from keras_tp.layouts import MeshShape
 from keras_tp.optimizers import price_of
@@ -38,6 +39,7 @@ from keras_tp.rules import (
     style_along,
 )
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.likeness import Likeness
 from keras_tp.stretches import find_sequence
 
 # These call their cell or layer once per time step: what it gathers is gathered
@@ -45,6 +47,7 @@ from keras_tp.stretches import find_sequence
 REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
 
 
+@uncollected()
 def make_plan(
     model: Any,
     layout_map: Any,
@@ -52,8 +55,9 @@ def make_plan(
     strict: bool = False,
     batch_axis: str | None = "batch",
     sequence_parallel: bool = False,
+    likeness: Likeness | None = None,
 ) -> Plan:
-    """Decides everything; see `keras_tp.plan`."""
+    """Decides everything; see `keras_tp.plan`. What is known of likeness is added to."""
     check_model(model)
     mesh = read_mesh(layout_map)
     replicas = read_batch_axis(batch_axis, mesh)
@@ -72,7 +76,7 @@ def make_plan(
     problems = [*claims.problems, *outputs.problems, *(unused if strict else ())]
     problems += wrong_layouts(plans, outputs.pattern_of, layout_map, mesh) or [
         *unshardable_weights(owners, plans, index),
-        *captured_weights(model, variables, plans),
+        *captured_weights(owners, variables, plans),
     ]
     if problems:
         raise LayoutError(problems, where=where)
@@ -82,7 +86,7 @@ def make_plan(
         for axis, size in zip(mesh.axes, mesh.sizes, strict=True)
         if size > 1 and axis != replicas
     }
-    found = find_regions(model, owners, layers, plans, computing)
+    found = find_regions(model, owners, layers, plans, computing, likeness or Likeness())
     if found != Found():
         layers = _plan_layers(owners, plans, index, mesh, replicas, found)
     sequence, notes = None, list[str]()
@@ -92,7 +96,7 @@ def make_plan(
         )
     layers, said = _name_outputs(layers, outputs.pattern_of, layout_map, mesh)
     for sentence in (*unused, *said):
-        warnings.warn(sentence, LayoutWarning, stacklevel=3)
+        warnings.warn(sentence, LayoutWarning, stacklevel=4)
     notes = [*unused, *said, *notes, *_axes_in_words(plans, mesh, replicas)]
     notes += _full_reads(variables, plans)
     notes += [found.note] if found.note else []

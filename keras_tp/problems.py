@@ -138,7 +138,7 @@ def unshardable_weights(
 
 
 def captured_weights(
-    model: Any, variables: tuple[Any, ...], plans: list[VariablePlan]
+    owners: list[Owner], variables: tuple[Any, ...], plans: list[VariablePlan]
 ) -> list[str]:
     """Weights of which a functional graph holds a view, which would keep the full, old value."""
     sharded = {id(v): plan for v, plan in zip(variables, plans, strict=True) if plan.sharded}
@@ -146,5 +146,5 @@ def captured_weights(
         f"pattern {sharded[id(v)].pattern!r} shards {v.path!r}, of which operation "
         f"'{operation}' of a functional model holds a view, taken when the graph was made. Read "
         "the weight in the `call` of a layer instead, or narrow the pattern."
-        for operation, v in captured_views(model, [v for v in variables if id(v) in sharded])
+        for operation, v in captured_views(owners, [v for v in variables if id(v) in sharded])
     ]

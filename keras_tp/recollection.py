@@ -10,20 +10,20 @@ global) shows on the ranks, which look at each block's call themselves (`keras_t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import keras
 import torch
 from torch.distributed.tensor import Shard
 
+from keras_tp.alike import is_plain, with_masks
 from keras_tp.flows import tensors_in
 from keras_tp.plans import Region, StylePlan
 from keras_tp.rehearsal import Proof
-from keras_tp.seam.layers import Owner, variables_of, walk_layers
-from keras_tp.seam.likeness import kind_of_call
-from keras_tp.seam.rehearsals import keras_mask, without_values
+from keras_tp.seam.layers import Owner, variables_of
+from keras_tp.seam.likeness import Likeness, Looked
+from keras_tp.seam.rehearsals import without_values
 
 
 @dataclass
@@ -121,11 +121,16 @@ class Recollection:
         owners: the layers of the model.
         found: what is found, and added to.
         marks: what decides besides, of layers and variables, by identity.
+        likeness: tells which are alike.
     """
 
-    def __init__(self, owners: Sequence[Owner], found: Found, marks: Mapping[int, Any]):
+    def __init__(
+        self, owners: Sequence[Owner], found: Found, marks: Mapping[int, Any], likeness: Likeness
+    ):
         self.found = found
         self.marks = marks
+        self.likeness = likeness
+        self.outermost = owners[0].layer
         self.place_of = {id(owner.layer): number for number, owner in enumerate(owners)}
         self.weight_of = {id(v): number for number, v in enumerate(variables_of(owners))}
         self.known: dict[Any, _Known] = {}
@@ -138,21 +143,24 @@ class Recollection:
             args, kwargs: of the call, without values.
             look: calls the layer, and adds to what is found.
         """
-        below = walk_layers(layer)
-        places = [self.place_of[id(owner.layer)] for owner in below]
-        if not places[0] or not self.found.looked_at.isdisjoint(places):
+        if layer is self.outermost:
             return look()
-        kind = self._kind_of(below, args, kwargs)
+        looked = self.likeness.of(layer)
+        below = looked.below
+        places = [self.place_of[id(owner.layer)] for owner in below]
+        if not self.found.looked_at.isdisjoint(places):
+            return look()
+        kind = self._kind_of(looked, args, kwargs)
         known = self.known.get(kind)
         given = with_masks(tensors_in((args, kwargs)))
-        weights = [self.weight_of[id(v)] for v in variables_of(below)]
+        weights = [self.weight_of[id(v)] for v in looked.variables]
         if known is not None:
             self._add(known, below, places, weights)
             return without_values(known.result, dict(zip(map(id, known.given), given, strict=True)))
         count = len(self.found.regions)
         result = look()
         # What leaves a trace, in a layer or in what it is given, has to be called each time.
-        if _is_plain(result) and kind == self._kind_of(below, args, kwargs):
+        if is_plain(result) and kind == self._kind_of(self.likeness.of(layer), args, kwargs):
             new = zip(self.found.regions[count:], self.found.proofs[count:], strict=True)
             reasons = {n: self.found.reasons[n] for n in places if n in self.found.reasons}
             tried = [numbers for numbers in self.found.tried if numbers <= set(places)]
@@ -161,8 +169,10 @@ class Recollection:
             )
         return result
 
-    def _kind_of(self, below: list[Owner], args: Any, kwargs: Any) -> Any:
-        return kind_of_call(below, args, kwargs, lambda value: self.marks.get(id(value)))
+    def _kind_of(self, looked: Looked, args: Any, kwargs: Any) -> Any:
+        return self.likeness.kind_of_call(
+            looked, args, kwargs, lambda value: self.marks.get(id(value))
+        )
 
     def _add(
         self, known: _Known, below: list[Owner], places: list[int], weights: list[int]
@@ -193,14 +203,35 @@ class Recollection:
             self.found.begin(frozenset(number[n] for n in numbers))
 
 
-def with_masks(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors, and the masks that Keras has put on them."""
-    return [t for tensor in tensors for t in (tensor, keras_mask(tensor)) if t is not None]
+class Outcomes:
+    """What calls of layers give, so that those that are alike need not be made to look at them.
 
+    Of a layer with others below it that are looked at as well there is no call to be left out.
+    """
 
-def _is_plain(result: Any) -> bool:
-    leaves = keras.tree.flatten(result)
-    return all(isinstance(x, torch.Tensor | bool | int | float | str | None) for x in leaves)
+    def __init__(self, likeness: Likeness):
+        self.likeness = likeness
+        self.known: dict[Any, tuple[list[torch.Tensor], Any]] = {}
+
+    def call(self, layer: Any, args: Any, kwargs: Any, look: Callable[..., Any]) -> Any:
+        """What a call of a layer gives; for the arguments see `Recollection.call`.
+
+        `look` may be given the result.
+        """
+        looked = self.likeness.of(layer)
+        if any(owner.has_layers for owner in looked.below[1:]):
+            return look()
+        kind = self.likeness.kind_of_call(looked, args, kwargs, lambda value: None)
+        given = with_masks(tensors_in((args, kwargs)))
+        if kind in self.known:
+            old, result = self.known[kind]
+            return look(without_values(result, dict(zip(map(id, old), given, strict=True))))
+        result = look()
+        after = self.likeness.of(layer)
+        same = kind == self.likeness.kind_of_call(after, args, kwargs, lambda value: None)
+        if same and is_plain(result):
+            self.known[kind] = given, result
+        return result
 
 
 def _told(reason: str, path: Mapping[str, str], number: Mapping[int, int]) -> str:

@@ -51,10 +51,10 @@ def _divisions(call: Call) -> list[tuple[tuple[int, str, int], ...]]:
         (number, name, value // call.parts)
         for number, owner in enumerate(call.owners)
         for name, value in vars(owner.layer).items()
-        if id(owner.layer) not in mine
-        and type(value) is int
+        if type(value) is int
         and "heads" in name
         and value
+        and id(owner.layer) not in mine
         and value % call.parts == 0
         and any(size % value == 0 for size in sizes)
     )

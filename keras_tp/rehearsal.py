@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Shard
 
+from keras_tp.alike import Alike, name_of_member
 from keras_tp.dry_runs import LostTrack, Whole
 from keras_tp.flows import Flow, Unproven, even, tensors_in
 from keras_tp.layouts import Shape
 from keras_tp.plans import StylePlan
+from keras_tp.repeats import Repeats
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.rehearsals import (
     bare_call,
@@ -85,6 +87,7 @@ class Call:
         members: of the layers below.
         parts: number of ranks.
         cut: ids of variables that are sharded, whose gradients cannot be summed besides.
+        alike: what is known of calls in it that are alike; None to make all of them.
     """
 
     owners: list[Owner]
@@ -94,6 +97,7 @@ class Call:
     members: Sequence[Member]
     parts: int
     cut: frozenset[int] = frozenset()
+    alike: Alike | None = None
 
 
 @dataclass
@@ -136,9 +140,21 @@ class Rehearsal:
             call.owners, zip(variables, weights, strict=True), calls, attributes, self
         )
         with open_rehearsal as losses, watch:
+            if call.alike is not None:
+                read = {
+                    id(v): (number, tensor)
+                    for number, (v, tensor) in enumerate(zip(variables, weights, strict=True))
+                }
+                self._repeat(Repeats(self, call.alike, read, losses))
             result = self.make(args, kwargs)
         if isinstance(watch, Local):
             self._check_end(watch, [result, losses])
+
+    def _repeat(self, repeats: Repeats) -> None:
+        members = {id(member.layer) for member in self.request.members}
+        for owner in self.request.owners[1:]:
+            if id(owner.layer) not in members:
+                vars(owner.layer)["call"] = repeats.gate(owner.layer, owner.layer.call)
 
     def make(self, args: Any, kwargs: Any) -> Any:
         """Makes the call."""
@@ -159,7 +175,7 @@ class Rehearsal:
         activation = None if member.lookup else member.layer.activation
 
         def call(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            name, watch = f"layer {member.number}", self.watch
+            name, watch = name_of_member(member.number), self.watch
             if isinstance(watch, Whole):
                 with watch.resting():
                     y = bare(inputs, *args, **kwargs)
@@ -193,7 +209,7 @@ class Rehearsal:
             y = torch.empty(
                 shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point
             )
-            y = y * 1
+            y = y.clone()
         watch.set_flow(y, Flow(dim, grad=True, origins=origins, weights=None))
         return y
 

@@ -23,7 +23,8 @@ from keras_tp.candidates import Candidate
 from keras_tp.pairings import Paired, Pairing
 from keras_tp.regions import prove
 from keras_tp.rehearsal import LEAVES, Call, Member
-from keras_tp.seam.layers import Owner, walk_layers
+from keras_tp.seam.layers import Owner
+from keras_tp.seam.likeness import Likeness
 
 # After so many looks from further and further out a layer is tried as a column no more.
 LOOKS = 2
@@ -62,6 +63,7 @@ class Search:
     Attributes:
         model: the model.
         candidates: its layers that could be cut, by number.
+        likeness: tells which layers are alike.
         groups: what was found.
         reasons: of candidates in none, why not.
         heads: candidates whose output, or what is made of it, the model gives.
@@ -69,6 +71,7 @@ class Search:
 
     model: Any
     candidates: Mapping[int, Candidate]
+    likeness: Likeness
     groups: list[Group] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     heads: set[int] = field(default_factory=set)
@@ -77,27 +80,26 @@ class Search:
     failures: Counter[int] = field(default_factory=Counter)
     known: dict[Any, _Look] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.number_of = {id(c.owner.layer): n for n, c in self.candidates.items()}
+
     def look_at(
         self, layer: Any, original: Callable[..., Any], args: Any, kwargs: Any, result: Any
     ) -> None:
         """Settles the groups below a layer."""
-        below = walk_layers(layer)
-        ids = {id(owner.layer) for owner in below[1:]}
+        below = self.likeness.of(layer).below
+        numbers_here = [self.number_of.get(id(owner.layer), -1) for owner in below[1:]]
         inside = {
-            n: c
-            for n, c in self.candidates.items()
-            if n not in self.settled and id(c.owner.layer) in ids
+            n: self.candidates[n] for n in sorted(numbers_here) if n >= 0 and n not in self.settled
         }
         numbers = frozenset(inside)
         if (layer is not self.model and (len(inside) < 2 or numbers in self.tried)) or not inside:
             return
         self.tried.add(numbers)
         open_to = frozenset(n for n in inside if self.failures[n] < LOOKS)
-        number_of = {id(c.owner.layer): n for n, c in inside.items()}
-        places = [number_of.get(id(owner.layer), -1) for owner in below]
-        order = [n for n in places if n >= 0]
-        roles = tuple((n in inside) + (n in open_to) for n in places)
-        kind = (kind_of(below, args, kwargs), roles)
+        order = [n for n in numbers_here if n in inside]
+        roles = tuple((n in inside) + (n in open_to) for n in numbers_here)
+        kind = kind_of(below, args, kwargs), roles
         look = self.known.get(kind)
         if look is None:
             cut = frozenset(id(v) for c in self.candidates.values() for v in c.owner.variables)
@@ -182,17 +184,13 @@ class _Look:
 
 def kind_of(below: Sequence[Owner], args: Any, kwargs: Any) -> Any:
     """What is alike in calls of blocks that are alike: layers, their sizes and settings, shapes."""
-
-    def setting(value: Any) -> bool:
-        return type(value) in (int, float, bool, types.FunctionType) or value is None
-
     layers = tuple(
         (
             type(owner.layer),
             tuple(
                 (name, value)
                 for name, value in vars(owner.layer).items()
-                if setting(value) and not hasattr(type(owner.layer), name)  # no methods of its own
+                if type(value) in _SETTINGS and not hasattr(type(owner.layer), name)  # no methods
             ),
             tuple(tuple(v.shape) for v in owner.variables),
         )
@@ -203,6 +201,9 @@ def kind_of(below: Sequence[Owner], args: Any, kwargs: Any) -> Any:
         for leaf in keras.tree.flatten((args, kwargs))
     )
     return layers, given, tuple(kwargs)
+
+
+_SETTINGS = {int, float, bool, types.FunctionType, type(None)}
 
 
 def grouped(paired: Paired, candidates: Mapping[int, Candidate]) -> list[Group]:

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from keras_tp.dims import RULES, SIZED, UNIFORM
-from keras_tp.dry_runs import Event, LostTrack, Numbers, Run, name_of, values_in
+from keras_tp.dry_runs import Event, LostTrack, Numbers, Part, Run, name_of, values_in
 from keras_tp.flows import (
     Applied,
     Flow,
@@ -93,6 +93,8 @@ class Local(Run):
         Raises:
             LostTrack: it is another.
         """
+        while self.next_part() is not None:
+            self.look_inside()
         if self.position == len(self.events):
             raise LostTrack(f"on shards it goes on, with {name}")
         event = self.events[self.position]
@@ -100,6 +102,17 @@ class Local(Run):
         if event.name != name or event.wiring != [self.numbers.of(t) for t in given]:
             raise LostTrack(f"on shards it calls {name} where it calls {event.name} on the whole")
         return event
+
+    def next_part(self) -> Part | None:
+        """The call of a layer that comes next, if one was written down as such."""
+        event = self.events[self.position] if self.position < len(self.events) else None
+        return event if isinstance(event, Part) else None
+
+    def look_inside(self) -> None:
+        """Has the functions that are called in the next part come next."""
+        part, at = self.next_part(), self.position
+        assert part is not None
+        self.events = [*self.events[:at], *part.expanded(), *self.events[at + 1 :]]
 
     def seen(self, func: Any, args: Any, kwargs: Any) -> Any:
         """See `Run.seen`."""

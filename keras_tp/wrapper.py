@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -87,22 +88,26 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
         if layout_of(variable) is not None:
             made_on = keras_mesh(plan.mesh)
             set_layout(variable, keras.distribution.TensorLayout(decided.layout, made_on))
+    sliced = functools.cache(lambda axis: mesh[axis])  # once for all layers: it takes torch long
     for owner, decided_layer in zip(owners, plan.layers, strict=True):
         for style in decided_layer.styles:
             if decided_layer.computation is not None and style.name != "gathered":
                 made = make_style(style, decided_layer.computation)
-                parallelize_module(owner.layer, mesh[style.axis], made)
+                parallelize_module(owner.layer, sliced(style.axis), made)
         if decided_layer.gathers:
             held = [variables[i] for i in decided_layer.gathers]
             axis = decided_layer.styles[0].axis
-            parallelize_module(owner.layer, mesh[axis], GatheredOnUse(held))
+            parallelize_module(owner.layer, sliced(axis), GatheredOnUse(held))
         if any(plan.variables[i].sharded for i in decided_layer.variables):
             announce_quantize(owner.layer)
         if decided_layer.rows == "statistics":
             share_statistics(owner.layer)
+    along = {
+        axis: {m.number: m for m in members_along(axis, owners, plan.layers)}
+        for axis in {region.axis: None for region in plan.regions}
+    }
     for region in plan.regions:
-        members = members_along(region.axis, owners, plan.layers)
-        members = [m for m in members if m.number in region.members]
+        members = [along[region.axis][number] for number in region.members]
         share_region(owners[region.layer].layer, members, Axis.of(mesh, region.axis))
     if plan.sequence is not None:
         share_sequence(owners, plan, Axis.of(mesh, plan.sequence.axis))
@@ -176,6 +181,6 @@ def _check_fits(plan: Plan, owners: list[Owner], variables: tuple[Any, ...]) -> 
     if problems:
         raise LayoutError(problems, where="this plan: it was made for another model")
     # A plan may have been made of a model without values, whose views are not all known.
-    captured = captured_weights(owners[0].layer, variables, list(plan.variables))
+    captured = captured_weights(owners, variables, list(plan.variables))
     if captured:
         raise LayoutError(captured, where="this model")

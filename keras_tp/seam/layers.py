@@ -49,7 +49,7 @@ def walk_layers(model: Any) -> list[Owner]:
         seen.add(id(layer))
         own = [*layer._trainable_variables, *layer._non_trainable_variables]
         own += [generator.state for generator in layer._seed_generators]
-        owners.append(Owner(layer, layer.path or layer.name, _unique(own)))
+        owners.append(Owner(layer, layer.path or layer.name, _unique(own) if own else ()))
         for sublayer in layer._layers:
             visit(sublayer)
 
@@ -60,6 +60,16 @@ def walk_layers(model: Any) -> list[Owner]:
 def variables_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
     """All variables that `owners` own, each once, in their order."""
     return _unique(v for owner in owners for v in owner.variables)
+
+
+def by_path(model: Any) -> list[tuple[str, Any]]:
+    """All variables of a model with their paths, of which each further one has a number."""
+    seen: dict[str, int] = {}
+    named = []
+    for v in variables_of(walk_layers(model)):
+        seen[v.path] = seen.get(v.path, 0) + 1
+        named.append((v.path if seen[v.path] == 1 else f"{v.path}#{seen[v.path]}", v))
+    return named
 
 
 def states_of(owners: Iterable[Owner]) -> tuple[Any, ...]:
@@ -242,23 +252,27 @@ def _without_views(original: Any) -> Any:
     return init
 
 
-def captured_views(model: Any, variables: Iterable[Any]) -> list[tuple[str, Any]]:
-    """Operations of functional models in `model` that hold a view of a variable's tensor.
+def captured_views(owners: Iterable[Owner], variables: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Operations of functional models among layers that hold a view of a variable's tensor.
 
     `ops.transpose(layer.weight)` while a functional graph is made is a constant
     of that graph, which on torch is a view of the weight's memory. Gives the
     operation's name and the variable.
     """
+    operations = [
+        operation for owner in owners for operation in getattr(owner.layer, "_operations", ())
+    ]
+    if not operations:
+        return []
     by_memory = {_memory(v._value): v for v in variables if v._value.numel()}
     found = []
-    for owner in walk_layers(model):
-        for operation in getattr(owner.layer, "_operations", ()):
-            for node in operation._inbound_nodes:
-                for leaf in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
-                    if isinstance(leaf, torch.Tensor) and not isinstance(leaf, keras.Variable):
-                        variable = by_memory.get(_memory(leaf))
-                        if variable is not None:
-                            found.append((operation.name, variable))
+    for operation in operations:
+        for node in operation._inbound_nodes:
+            for leaf in keras.tree.flatten((node.arguments.args, node.arguments.kwargs)):
+                if isinstance(leaf, torch.Tensor) and not isinstance(leaf, keras.Variable):
+                    variable = by_memory.get(_memory(leaf))
+                    if variable is not None:
+                        found.append((operation.name, variable))
     return found
 
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import torch
 from keras.src.backend.common import global_state
-from keras.src.backend.common.stateless_scope import StatelessScope
+from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
 from keras.src.backend.torch import random as backend_random
 from keras.src.backend.torch.core import device_scope, to_torch_dtype
 
@@ -66,6 +66,11 @@ class _Scope(StatelessScope):
     def __init__(self, read: Callable[[Any], torch.Tensor | None]):
         super().__init__(collect_losses=True)
         self._read = read
+        self.assigned: list[int] = []
+
+    def add_update(self, update: Any) -> None:
+        self.assigned.append(id(update[0]))
+        super().add_update(update)
 
     def get_current_value(self, variable: Any) -> Any:
         assigned = super().get_current_value(variable)
@@ -78,6 +83,16 @@ class _Scope(StatelessScope):
             with torch.no_grad():
                 value = weight_without_values(variable).copy_(value)
         super().add_update((variable, value))
+
+
+def assigned_so_far() -> list[int]:
+    """Identities of the variables that were assigned to in this rehearsal, in turn."""
+    return get_stateless_scope().assigned
+
+
+def times_written(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """How often each tensor has been written into."""
+    return [tensor._version for tensor in tensors]
 
 
 @contextlib.contextmanager
@@ -103,6 +118,7 @@ def rehearsal(
     Gives the losses that layers add, as they do.
     """
     before = [(vars(owner.layer), dict(vars(owner.layer))) for owner in owners]
+    with_gradients = read is not None
     filtering = keras.config.is_traceback_filtering_enabled()
     keras.config.disable_traceback_filtering()  # it rewrites what errors say
     try:
@@ -111,16 +127,16 @@ def rehearsal(
             vars(layer)["_input_spec"] = None
         for layer, name, value in attributes:
             vars(layer)[name] = value
-        owned = [(v, weight_without_values(v)) for v in variables_of(owners) if read is None]
-        follows = watch is not None or read is not None
+        if read is None:
+            read = _empty_ones(weights, variables_of(owners))
+        follows = watch is not None or with_gradients
         with (
             _on_meta_unnoticed(),
             torch.set_grad_enabled(follows),
             contextlib.ExitStack() as stack,
         ):
             stack.enter_context(on_rows_of(None))
-            scope = _Scope(read) if read else StatelessScope([*owned, *weights], True)
-            stack.enter_context(scope)
+            scope = stack.enter_context(_Scope(read))
             stack.enter_context(_watched(watch))
             yield scope.losses
     finally:
@@ -129,6 +145,21 @@ def rehearsal(
         for now, kept in before:
             now.clear()
             now.update(kept)
+
+
+def _empty_ones(
+    weights: Iterable[tuple[Any, torch.Tensor]], variables: Iterable[Any]
+) -> Callable[[Any], torch.Tensor | None]:
+    """Gives the tensor that is read of a variable: of one without, as it is first read, a new."""
+    known = {id(v): tensor for v, tensor in weights}
+    others = {id(v) for v in variables}
+
+    def read(variable: Any) -> torch.Tensor | None:
+        if id(variable) not in known and id(variable) in others:
+            known[id(variable)] = weight_without_values(variable)
+        return known.get(id(variable))
+
+    return read
 
 
 @contextlib.contextmanager

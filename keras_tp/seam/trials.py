@@ -38,7 +38,9 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
     before = [(t, t._version, t.detach().clone()) for t in tensors]
     # (A torch module writes some of its buffers without counting it.)
     buffers = {id(t): (t, t.clone()) for o in owners for t in o.layer.buffers()}
-    losses = [(o.layer, o.layer._losses, o.layer._loss_ids) for o in owners]
+    losses = [(vars(o.layer), name) for o in owners for name in ("_losses", "_loss_ids")]
+    added = [(kept, name, kept[name]) for kept, name in losses if kept[name]]
+    without = [kept[name] for kept, name in losses if not kept[name]]
     attributes = [(vars(o.layer), _attributes(o.layer)) for o in owners]
     generators = [
         _state_setter(value)
@@ -48,8 +50,8 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
     ]
     states = random.getstate(), np.random.get_state(), global_seed()
     try:
-        for owner in owners:
-            owner.layer._losses, owner.layer._loss_ids = [], set()
+        for kept, name, value in added:
+            kept[name] = type(value)()
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
@@ -65,8 +67,10 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
             now.update(kept)
         for reset in generators:
             reset()
-        for layer, added, ids in losses:
-            layer._losses, layer._loss_ids = added, ids
+        for none in without:
+            none.clear()
+        for kept, name, value in added:
+            kept[name] = value
         random.setstate(states[0])
         np.random.set_state(states[1])
         set_global_seed(states[2])
