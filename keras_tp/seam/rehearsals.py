@@ -68,16 +68,13 @@ class _Scope(StatelessScope):
         self._read = read
         self.assigned: list[int] = []
 
-    def add_update(self, update: Any) -> None:
-        self.assigned.append(id(update[0]))
-        super().add_update(update)
-
     def get_current_value(self, variable: Any) -> Any:
         assigned = super().get_current_value(variable)
         return self._read(variable) if assigned is None else assigned
 
     def add_update(self, update: Any) -> None:
         variable, value = update
+        self.assigned.append(id(variable))
         if type(value) is not torch.Tensor:
             # A tensor of a class of its own may have to be made one that can be written.
             with torch.no_grad():
