@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from keras_tp.dry_runs import Event, Frame, Numbers, Part, Whole
 from keras_tp.flows import Flow
 from keras_tp.seam.likeness import Likeness, Looked
-from keras_tp.seam.rehearsals import keras_mask
+from keras_tp.seam.masks import keras_mask
 from keras_tp.shard_runs import Local
 
 # Shape and strides of a tensor, its dtype, and whether there is a gradient.

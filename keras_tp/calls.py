@@ -30,7 +30,7 @@ from keras_tp.plans import StylePlan
 from keras_tp.products import contract, is_plain
 from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import is_stateless, is_symbolic, reading_shards
-from keras_tp.seam.rehearsals import masked
+from keras_tp.seam.masks import masked
 from keras_tp.seam.variables import ShardedVariable, gathered_once, sharding_of
 
 

@@ -29,7 +29,7 @@ from keras_tp.rehearsal import Member
 from keras_tp.rules import bias_dim
 from keras_tp.seam.contexts import current_parts, drawing_parts
 from keras_tp.seam.layers import Owner, variables_of
-from keras_tp.seam.rehearsals import masked
+from keras_tp.seam.masks import masked
 
 Call = Callable[..., Any]
 

@@ -26,7 +26,7 @@ from keras_tp.dry_runs import name_of
 from keras_tp.flows import Applied, Flow, Operations, Unproven, elementwise, outer, tensors_in
 from keras_tp.layouts import Shape
 from keras_tp.likelihoods import Meeting
-from keras_tp.seam.rehearsals import keras_mask, masked
+from keras_tp.seam.masks import keras_mask, masked
 from keras_tp.seam.weights import (
     OF_THE_GRADIENT,
     OF_THE_SHAPE,

@@ -29,7 +29,7 @@ from keras_tp.seam.contexts import (
     is_training,
 )
 from keras_tp.seam.layers import Owner, take_any_size, variables_of, walk_layers
-from keras_tp.seam.rehearsals import keras_mask
+from keras_tp.seam.masks import keras_mask
 from keras_tp.seam.trials import restored
 from keras_tp.seam.variables import copied_on_read, sharding_of
 

@@ -20,13 +20,8 @@ from keras_tp.layouts import Shape
 from keras_tp.plans import StylePlan
 from keras_tp.repeats import Repeats
 from keras_tp.seam.layers import Owner, variables_of
-from keras_tp.seam.rehearsals import (
-    bare_call,
-    keras_mask,
-    rehearsal,
-    weight_without_values,
-    without_values,
-)
+from keras_tp.seam.masks import keras_mask
+from keras_tp.seam.rehearsals import bare_call, rehearsal, weight_without_values, without_values
 from keras_tp.shard_runs import Local
 
 # Why the output of a layer is gathered that is, or is part of, what the layer above gives.

@@ -25,7 +25,7 @@ from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
 from keras_tp.seam.contexts import is_training
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
-from keras_tp.seam.rehearsals import keras_mask
+from keras_tp.seam.masks import keras_mask
 
 # Names of a layer, and its graphs, files, builders and ways to be called, which its class has; and
 # what it refuses before it is called, of which there is no more to know than that it does.

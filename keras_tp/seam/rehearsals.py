@@ -17,6 +17,7 @@ from keras.src.backend.torch.core import device_scope, to_torch_dtype
 from keras_tp.layouts import Shape
 from keras_tp.seam.contexts import on_rows_of
 from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.masks import keras_mask
 from keras_tp.seam.rows import RANDOM
 from keras_tp.seam.trials import restored
 
@@ -218,18 +219,6 @@ def weight_without_values(variable: Any) -> torch.Tensor:
 def as_layers_see(variable: Any, tensor: torch.Tensor) -> torch.Tensor:
     """What is read of a variable, in the dtype that the layer whose call runs computes in."""
     return variable._maybe_autocast(tensor)
-
-
-def keras_mask(tensor: Any) -> Any:
-    """The mask that Keras has put on a tensor, or None."""
-    return getattr(tensor, "_keras_mask", None)
-
-
-def masked(tensor: torch.Tensor, mask: Any) -> torch.Tensor:
-    """`tensor`, on which Keras finds a mask, if there is one."""
-    if mask is not None:
-        tensor._keras_mask = mask  # type: ignore[attr-defined]
-    return tensor
 
 
 def is_computed_again(layer: Any) -> bool:

@@ -19,7 +19,7 @@ from keras.src.backend.common import global_state
 from keras.src.layers.input_spec import assert_input_compatibility
 from torch.nn.modules import module as torch_module
 
-from keras_tp.seam.rehearsals import keras_mask
+from keras_tp.seam.masks import keras_mask
 
 
 def hook_calls() -> None:
