@@ -25,6 +25,7 @@ from keras_tp.problems import captured_weights
 from keras_tp.region_calls import share_region
 from keras_tp.replicas import RowsCall
 from keras_tp.rules import computation_of
+from keras_tp.seam.attention import hook_attention
 from keras_tp.seam.distribution import layout_of, set_layout
 from keras_tp.seam.dropout import hook_dropout
 from keras_tp.seam.fused import hook_adam
@@ -77,6 +78,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     mesh = torch_mesh(plan.mesh)
     hook_layers()
     hook_calls()
+    hook_attention()
     hook_optimizers()
     hook_adam()
     hook_dropout()

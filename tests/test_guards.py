@@ -91,7 +91,9 @@ DECIDE = {
 }
 SEAM = {
     "seam.__init__",
+    "seam.attention",
     "seam.callbacks",
+    "seam.compilation",
     "seam.contexts",
     "seam.data",
     "seam.devices",

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import torch
 
+from keras_tp.seam.compilation import wait_late
 from keras_tp.seam.layers import (
     Owner,
     metric_variables_of,
@@ -156,6 +157,7 @@ def _looking(model: Any, make: Callable[..., Any], kind: str) -> Callable[..., A
         step = getattr(model, name)
         if done or not model.jit_compile:
             return result
+        wait_late()
 
         def try_first(data: Any) -> Any:
             nonlocal done
