@@ -134,11 +134,12 @@ def deep(mesh: Any) -> tuple[Any, Any]:
     """50 piles of 10 stacks of 10 layers of 2 variables each."""
     inputs = x = keras.Input((8,))
     for i in range(50):
-        x = Pile(10, name=f"pile_{i}")(x)
+        x = Pile(10, name=f"pile_{i // 10}_{i % 10}")(x)
     layout_map = keras.distribution.LayoutMap(mesh)
-    for i in range(50):
-        even = (None, "model") if i % 2 else ("model", None)
-        layout_map[f"pile_{i}/.*/part_[02468]/kernel"] = even
+    for i in range(5):
+        for j in range(10):
+            cut = ("model", None) if j % 2 else (None, "model")
+            layout_map[f"pile_{i}_.*/part_{j}/kernel"] = cut
     return keras.Model(inputs, x), layout_map
 
 

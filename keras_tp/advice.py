@@ -10,6 +10,7 @@ from torch.distributed.tensor import Shard
 from keras_tp.automatic import make_layout_map
 from keras_tp.errors import LayoutError
 from keras_tp.families import patterns_for
+from keras_tp.garbage import uncollected
 from keras_tp.layouts import Layout
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan, StylePlan
@@ -20,6 +21,7 @@ from keras_tp.seam.likeness import Likeness
 NAMED = 6
 
 
+@uncollected()
 def better_layout(
     plan: Plan, model: Any, mesh: Any, batch_axis: str | None, likeness: Likeness
 ) -> str:

@@ -146,9 +146,10 @@ class Rehearsal:
             self._check_end(watch, [result, losses])
 
     def _repeat(self, repeats: Repeats) -> None:
+        # Blocks, as in `keras_tp.recollection`: a layer alone may be there to tell others.
         members = {id(member.layer) for member in self.request.members}
         for owner in self.request.owners[1:]:
-            if id(owner.layer) not in members:
+            if owner.has_layers and id(owner.layer) not in members:
                 vars(owner.layer)["call"] = repeats.gate(owner.layer, owner.layer.call)
 
     def make(self, args: Any, kwargs: Any) -> Any:

@@ -1,10 +1,11 @@
 """Calls that are not made again in dry runs, and that a plan is the one of making all of them.
 
 Seen to fail: `keeps_to_itself` in keras_tp/alike.py giving True ("a tensor from elsewhere"),
-`Places.decoded` giving the flow as it is ("columns that end apart"), `draws`, `summed` or `taken`
-left out of what is repeated ("stacks"; the last two "columns that end apart"), the members left
-out of the key of an effect ("called twice"), `is_as_before` in keras_tp/seam/likeness.py giving
-True (the setting that is changed).
+`Places.decoded` giving the flow as it is ("columns that end apart"); draws, weights that are
+summed, what is taken, what is handed or readers left out of what is repeated in
+keras_tp/repeats.py, or what is refused out of the key of an effect ("stacks"); names of layers
+left as they were recorded in keras_tp/dry_runs.py ("stacks"); `is_as_before` in
+keras_tp/seam/likeness.py giving True (the setting that is changed).
 """
 
 from __future__ import annotations
@@ -71,15 +72,15 @@ LEFT: dict[str, Any] = {}
 
 
 class Leaving(layers.Layer):
-    """Leaves what it is given, or a half of it, where nobody looks."""
+    """Leaves one of two things it is given where nobody looks, and gives the other."""
 
-    def __init__(self, whole: bool, **options: Any) -> None:
+    def __init__(self, first: bool, **options: Any) -> None:
         super().__init__(**options)
-        self.whole = whole
+        self.first = first
 
-    def call(self, x: Any) -> Any:
-        LEFT["x"] = ops.zeros_like(x) if self.whole else x
-        return x
+    def call(self, both: Any) -> Any:
+        LEFT["x"] = both[0] if self.first else both[1] * 1.0
+        return both[1]
 
 
 def stacks() -> Any:
@@ -100,11 +101,11 @@ def apart() -> Any:
 
 
 def elsewhere() -> Any:
-    """What is left lies for each of the layers that are alike another."""
+    """What is left is a shard, but for the second of the layers that are alike."""
     x = y = keras.Input((3, WIDTH))
     for i in range(3):
         h = layers.Dense(WIDTH, name=f"up_{i}")(y)
-        h = Between({}, name=f"between_{i}")(Leaving(i != 1, name=f"leaving_{i}")(h))
+        h = Between({}, name=f"between_{i}")(Leaving(i == 1, name=f"leaving_{i}")([y, h]))
         y = layers.Dense(WIDTH, name=f"down_{i}")(h)
     return keras.Model(x, y)
 
