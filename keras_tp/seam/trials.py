@@ -164,7 +164,8 @@ def _looking(model: Any, make: Callable[..., Any], kind: str) -> Callable[..., A
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data[0])
             training = {"training": kind == "train"} if model._call_has_training_arg else {}
             with restored(walk_layers(model), trained=False), torch.no_grad():
-                model(x, **training)
+                for given in (x, _as_tensors(x)):  # `fit` hands on tensors, `train_on_batch` arrays
+                    model(given, **training)
             done = True
             setattr(model, name, step)
             return step(data)
@@ -173,6 +174,10 @@ def _looking(model: Any, make: Callable[..., Any], kind: str) -> Callable[..., A
         return result
 
     return make_function
+
+
+def _as_tensors(x: Any) -> Any:
+    return keras.tree.map_structure(keras.ops.convert_to_tensor, x)
 
 
 @contextlib.contextmanager
