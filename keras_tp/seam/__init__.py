@@ -36,6 +36,8 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
   `fit`, `evaluate`, `predict` and validation alike, and reads torch's batches by the
   adapter's `get_torch_dataloader`. `hook_data` wraps the first; with a distribution of
   several processes set, it refuses all but `tf.data`.
+- Keras's attention asks `_can_use_flash_attention`, which `attention.py` answers on CPUs; what the
+  compiler is told besides is in `compilation.py`.
 - How files come to be written is told in `saving.py`, how callbacks are told of what happens in
   `callbacks.py`. Both are hooked once, with the first model that is parallelized or made under a
   distribution, and do as before for all models that the ranks do not hold together.
