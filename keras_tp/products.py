@@ -11,6 +11,7 @@ import keras
 import torch
 
 from keras_tp.computations import Contraction
+from keras_tp.matrices import times
 
 # Of which Keras multiplies matrices as they are, on any device.
 _MULTIPLIED = torch.float32, torch.bfloat16
@@ -46,9 +47,8 @@ def contract(
     lead, shape = x.shape[: x.dim() - c.contracted], kernel.shape[c.contracted :]
     flat, matrix = _flat(x, c.contracted), _matrix(kernel, c.contracted)
     if bias is not None and bias.dim() <= len(shape):
-        y = torch.addmm(bias.expand(shape).reshape(-1), flat, matrix)
-        return y.reshape(*lead, *shape)
-    y = torch.mm(flat, matrix).reshape(*lead, *shape)
+        return times(flat, matrix, bias.expand(shape).reshape(-1)).reshape(*lead, *shape)
+    y = times(flat, matrix).reshape(*lead, *shape)
     return y if bias is None else y + bias
 
 
@@ -58,7 +58,7 @@ def of_input(grad: torch.Tensor, kernel: torch.Tensor, c: Contraction) -> torch.
         return torch.einsum(f"{c.output},{c.kernel}->{c.input}", grad, kernel)
     kept = kernel.dim() - c.contracted
     lead = grad.shape[: grad.dim() - kept]
-    given = torch.mm(_flat(grad, kept), _matrix(kernel, c.contracted).T)
+    given = times(_flat(grad, kept), _matrix(kernel, c.contracted).T)
     return given.reshape(*lead, *kernel.shape[: c.contracted])
 
 
@@ -67,7 +67,7 @@ def of_kernel(x: torch.Tensor, grad: torch.Tensor, c: Contraction) -> torch.Tens
     if c.contracted is None:
         return torch.einsum(f"{c.input},{c.output}->{c.kernel}", x, grad)
     kept = len(c.kernel) - c.contracted
-    learnt = torch.mm(_flat(x, c.contracted).T, _flat(grad, kept))
+    learnt = times(_flat(x, c.contracted).T, _flat(grad, kept))
     return learnt.reshape(*x.shape[x.dim() - c.contracted :], *grad.shape[grad.dim() - kept :])
 
 

@@ -57,6 +57,7 @@ from keras_tp.shards import Shards
 from keras_tp.sources import feed_rows
 from keras_tp.state_dicts import show_dtensors
 from keras_tp.styles import GatheredOnUse, make_style
+from keras_tp.threads import take_turns
 from keras_tp.training import adopt_optimizer, share_random_state
 
 
@@ -136,6 +137,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
         model.call = AgreedInputs(model)
         observe_loss(model, AgreedBatches("targets or sample weights").check)
     share_random_state()
+    take_turns()  # now, as a thread has its name once it has begun
     mark_parallelized(model, plan)
     return model
 

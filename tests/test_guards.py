@@ -58,6 +58,7 @@ DECIDE = {
     "live_bytes",
     "looks",
     "manifests",
+    "matrices",
     "outputs",
     "pages",
     "patterns",
@@ -163,6 +164,7 @@ ACT = {
     "state_dicts",
     "storage",
     "styles",
+    "threads",
     "training",
     "verification",
     "watchdog",
@@ -276,6 +278,7 @@ def test_only_the_seam_touches_keras_internals() -> None:
         "torch._assert_async",
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+        "torch.ops.mkldnn._linear_pointwise",
         "parameter._backward_hooks",
         "parameter._post_accumulate_grad_hooks",
     }
