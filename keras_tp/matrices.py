@@ -67,7 +67,7 @@ def _by_one_dnn(a: torch.Tensor, b: torch.Tensor) -> bool:
         and a.dtype is torch.float32
         and a.device.type == "cpu"
         and a.shape[0] * b.numel() >= _SMALLEST
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
 

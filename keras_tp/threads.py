@@ -17,18 +17,26 @@ NAMES = "gloo_tcp_loop", "pt_gloo_runloop"
 _THREADS = Path("/proc/self/task")
 
 
-def take_turns() -> None:
-    """Makes batch threads of gloo's, of all groups of this process that there are by now.
+def threads_of_gloo() -> list[int]:
+    """Numbers of those of all groups of this process that there are by now. Linux tells them."""
+    found = []
+    for thread in _THREADS.glob("*"):
+        with contextlib.suppress(OSError):  # it may be gone by now
+            if (thread / "comm").read_text().strip() in NAMES:
+                found.append(int(thread.name))
+    return found
 
-    Their priority stays as it is, and so do threads that somebody else has scheduled in another
-    way than the usual. On Linux; elsewhere nothing.
+
+def take_turns() -> None:
+    """Makes batch threads of gloo's.
+
+    Their priority stays as it is, and so do threads that somebody has scheduled in another way
+    than the usual. On Linux; elsewhere nothing.
     """
     if not hasattr(os, "SCHED_BATCH"):
         return
-    for thread in _THREADS.glob("*"):
-        # It may be gone by now, or the system may allow none to be changed: it is only slower.
+    for thread in threads_of_gloo():
+        # Gone, or the system allows none to be changed: all is as before, and only slower.
         with contextlib.suppress(OSError):
-            number = int(thread.name)
-            usual = os.sched_getscheduler(number) == os.SCHED_OTHER
-            if usual and (thread / "comm").read_text().strip() in NAMES:
-                os.sched_setscheduler(number, os.SCHED_BATCH, os.sched_param(0))
+            if os.sched_getscheduler(thread) == os.SCHED_OTHER:
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
