@@ -29,6 +29,7 @@ from keras_tp.seam.attention import hook_attention
 from keras_tp.seam.distribution import layout_of, set_layout
 from keras_tp.seam.dropout import hook_dropout
 from keras_tp.seam.fused import hook_adam
+from keras_tp.seam.gradients import announce_gradients
 from keras_tp.seam.layers import (
     Owner,
     announce_quantize,
@@ -129,6 +130,8 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
         replicas = Axis.of(mesh, plan.batch_axis)
         model.call = RowsCall(model, replicas, owners)
         feed_rows(model, replicas)
+    if cut:
+        announce_gradients(model)
     if plan.batch_axis is not None or plan.regions:
         try_before_compiling(model)
     if any(style.open for layer in plan.layers for style in layer.styles):

@@ -101,6 +101,7 @@ SEAM = {
     "seam.distribution",
     "seam.dropout",
     "seam.fused",
+    "seam.gradients",
     "seam.layers",
     "seam.likeness",
     "seam.masks",

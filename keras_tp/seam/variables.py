@@ -21,6 +21,7 @@ from keras_tp.seam.contexts import (
     reading_shards,
     reads_shards,
 )
+from keras_tp.seam.gradients import gradients_are_read
 from keras_tp.seam.sharding import Sharding
 from keras_tp.seam.weights import FullWeight, was_written, write_error
 
@@ -94,6 +95,8 @@ class ShardedVariable(_Variable):
         # In a layer's call it is used at once, as a tensor that compilers know.
         if self._gathered is not None or in_call():
             return self.full()
+        if gradients_are_read():
+            return self._value
         return self._maybe_autocast(FullWeight.of(self))
 
     def full(self, keep: Collection[str] = (), own: torch.Tensor | None = None) -> torch.Tensor:
