@@ -9,7 +9,7 @@ keras_tp/seam/updates.py ("an optimizer").
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -40,7 +40,7 @@ class Failing(torch.autograd.Function):
 class Looking(torch.autograd.Function):
     """Reads a variable in backward."""
 
-    seen: list[tuple[int, ...]] = []
+    seen: ClassVar[list[tuple[int, ...]]] = []
     variable: Any = None
 
     @staticmethod
