@@ -24,6 +24,7 @@ from keras_tp.automatic import make_layout_map
 from keras_tp.backend import require_torch
 from keras_tp.checks import Verification
 from keras_tp.errors import LayoutError
+from keras_tp.garbage import uncollected
 from keras_tp.planner import make_plan
 from keras_tp.plans import Plan
 from keras_tp.problems import check_model
@@ -127,6 +128,7 @@ def auto_layout_map(model: Any, mesh: Any, batch_axis: str | None = "batch") -> 
     return make_layout_map(model, mesh, batch_axis)
 
 
+@uncollected()
 def parallelize(
     model: Any,
     layout_map: Any = None,

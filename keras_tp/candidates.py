@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.distributed.tensor import Replicate
 
+from keras_tp.bases import REPEATING
 from keras_tp.computations import Computation, Lookup
 from keras_tp.layouts import Layout, Shape
-from keras_tp.planner import REPEATING
 from keras_tp.plans import StylePlan
 from keras_tp.rules import Weight, computation_of, style_along
 from keras_tp.seam.layers import Owner, captured_views, variables_of, walk_layers

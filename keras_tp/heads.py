@@ -85,9 +85,9 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if self._resting or not self._origins:
-            return result
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
         found = [self._origins.get(id(t)) for t in tensors_in((args, kwargs))]
         origins = frozenset().union(*(f for f in found if f))
         if origins:

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_tp.computations import Computation
+from keras_tp.bases import Basis, bases_of
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.garbage import uncollected
 from keras_tp.handovers import find_regions
@@ -30,21 +30,15 @@ from keras_tp.problems import (
 from keras_tp.reasons import reason_of
 from keras_tp.recollection import Found
 from keras_tp.rules import (
-    Weight,
     collectives_of,
     collectives_of_rows,
-    computation_of,
     gathered_along,
     rows_of,
     style_along,
 )
-from keras_tp.seam.layers import Owner, variables_of, walk_layers
+from keras_tp.seam.layers import variables_of, walk_layers
 from keras_tp.seam.likeness import Likeness
 from keras_tp.stretches import find_sequence
-
-# These call their cell or layer once per time step: what it gathers is gathered
-# once, around all the steps.
-REPEATING = (keras.layers.RNN, keras.layers.TimeDistributed)
 
 
 @uncollected()
@@ -80,7 +74,8 @@ def make_plan(
     ]
     if problems:
         raise LayoutError(problems, where=where)
-    layers = _plan_layers(owners, plans, index, mesh, replicas, Found())
+    bases = bases_of(owners, plans, index)
+    layers = _plan_layers(bases, plans, mesh, replicas, Found())
     computing = {
         axis: size
         for axis, size in zip(mesh.axes, mesh.sizes, strict=True)
@@ -88,7 +83,7 @@ def make_plan(
     }
     found = find_regions(model, owners, layers, plans, computing, likeness or Likeness())
     if found != Found():
-        layers = _plan_layers(owners, plans, index, mesh, replicas, found)
+        layers = _plan_layers(bases, plans, mesh, replicas, found)
     sequence, notes = None, list[str]()
     if sequence_parallel:
         sequence, layers, notes = find_sequence(
@@ -163,48 +158,24 @@ def _full_reads(variables: Iterable[Any], plans: list[VariablePlan]) -> list[str
 
 
 def _plan_layers(
-    owners: list[Owner],
+    bases: list[Basis],
     plans: list[VariablePlan],
-    index: dict[int, int],
     mesh: MeshShape,
     replicas: str | None,
     found: Found,
 ) -> list[LayerPlan]:
-    # Variable index -> the layer that gathers it, where that is not its owner.
-    gathered_by: dict[int, Owner] = {}
-    layers = []
-    for number, owner in enumerate(owners):
-        if isinstance(owner.layer, REPEATING):
-            for variable in variables_of(walk_layers(owner.layer)):
-                if plans[index[id(variable)]].sharded:
-                    gathered_by.setdefault(index[id(variable)], owner)
-        layer = _plan_layer(number, owner, plans, index, gathered_by, mesh, replicas, found)
-        layers.append(layer)
-    return layers
+    return [_plan_layer(n, basis, plans, mesh, replicas, found) for n, basis in enumerate(bases)]
 
 
 def _plan_layer(
     number: int,
-    owner: Owner,
+    basis: Basis,
     plans: list[VariablePlan],
-    index: dict[int, int],
-    gathered_by: dict[int, Owner],
     mesh: MeshShape,
     replicas: str | None,
     found: Found,
 ) -> LayerPlan:
-    own = [index[id(v)] for v in owner.variables]
-    computation, why_not = computation_of(owner.layer)
-    names = _names(owner, index, computation)
-    if computation is not None and not set(computation.weights) <= set(names):
-        computation, why_not = None, "its weights belong to another layer"
-    above = next((gathered_by[i] for i in own if i in gathered_by), owner)
-    if above is not owner:
-        computation = None
-        why_not = f"every time step needs it, so '{above.path}' gathers it once around them all"
-    weights = {name: Weight(plans[i].shape, plans[i].layout) for name, i in names.items()}
-    # What this layer gathers for the cell below it.
-    held = [i for i, by in gathered_by.items() if by is owner and i not in own]
+    computation, weights, why_not = basis.computation, basis.weights, basis.why_not
     styles: list[StylePlan] = []
     forward: list[Collective] = []
     backward: list[Collective] = []
@@ -212,7 +183,7 @@ def _plan_layer(
         # Replicas compute other rows, so that no sum or join of theirs is a layer's output.
         known = None if axis == replicas else computation
         style = style_along(axis, known, weights) if size > 1 else None
-        if style is None and any(axis in plans[i].layout for i in held):
+        if style is None and any(axis in plans[i].layout for i in basis.held):
             style = gathered_along(axis)
         if style is not None:
             style = found.styled(number, style)
@@ -228,36 +199,33 @@ def _plan_layer(
                 back = tuple(c for c in back if c.of != "input gradient")
             forward += ahead
             backward += back
-    for axis, i in found.summed(own):
+    for axis, i in found.summed(basis.own):
         backward.append(Collective("all_reduce", axis, f"{_name_of(plans[i].path)} gradient"))
+    gathers: tuple[int, ...] = ()
     if all(style.name == "gathered" for style in styles):
         if computation is not None and styles:
             why_not = f"its {computation.weights[0]} is not sharded along that axis"
             if any(style.axis == replicas for style in styles):
                 why_not = f"each replica along '{replicas}' needs it for its own rows"
-        computation = None
-        mine = [i for i in own if plans[i].sharded and gathered_by.get(i, owner) is owner]
-        gathers = mine + held
-    else:
-        gathers = []
+        computation, gathers = None, basis.gathers
     rows = "own"
     if replicas is not None:
-        rows = rows_of(owner.layer)
+        rows = rows_of(basis.owner.layer)
         ahead, back = collectives_of_rows(rows, replicas)
         forward += ahead
         backward += back
     return LayerPlan(
-        path=owner.path,
-        kind=type(owner.layer).__name__,
-        variables=tuple(own),
+        path=basis.owner.path,
+        kind=type(basis.owner.layer).__name__,
+        variables=tuple(basis.own),
         computation=computation,
         styles=tuple(styles),
-        gathers=tuple(gathers),
+        gathers=gathers,
         forward=tuple(forward),
         backward=tuple(backward),
         rows=rows,
         reason=reason_of(
-            styles, [plans[i] for i in own], weights, why_not, found.reasons.get(number, "")
+            styles, [plans[i] for i in basis.own], weights, why_not, found.reasons.get(number, "")
         ),
     )
 
@@ -279,20 +247,6 @@ def _name_outputs(
             )
         named.append(layer)
     return named, said
-
-
-def _names(owner: Owner, index: dict[int, int], computation: Computation | None) -> dict[str, int]:
-    """Names the layer's own variables: as its computation does, else by the variable's name."""
-    left = {id(variable): variable for variable in owner.variables}
-    names = {}
-    for name in computation.weights if computation else ():
-        variable = left.pop(id(getattr(owner.layer, name)), None)
-        if variable is not None:
-            names[name] = index[id(variable)]
-    for variable in left.values():
-        i = index[id(variable)]
-        names[variable.name if variable.name not in names else f"{variable.name}_{i}"] = i
-    return names
 
 
 def _name_of(path: str) -> str:

@@ -21,7 +21,7 @@ from keras_tp.plans import StylePlan
 from keras_tp.repeats import Repeats
 from keras_tp.seam.layers import Owner, variables_of
 from keras_tp.seam.masks import keras_mask
-from keras_tp.seam.rehearsals import bare_call, rehearsal, weight_without_values, without_values
+from keras_tp.seam.rehearsals import bare_call, rehearsal, weights_without_values, without_values
 from keras_tp.shard_runs import Local
 
 # Why the output of a layer is gathered that is, or is part of, what the layer above gives.
@@ -113,7 +113,7 @@ class Rehearsal:
         """Calls the layer, and everything is as before."""
         call, watch = self.request, self.watch
         variables = variables_of(call.owners)
-        weights = [weight_without_values(v) for v in variables]
+        weights = weights_without_values(variables)
         args, kwargs = without_values((call.args, call.kwargs), {})
         calls = [(member.layer, self.call_of(member)) for member in call.members]
         layers = [owner.layer for owner in call.owners]

@@ -14,6 +14,7 @@ from keras_tp.all_rows import give_all_rows
 from keras_tp.callbacks import act_together
 from keras_tp.collectives import Axis
 from keras_tp.errors import LayoutError
+from keras_tp.garbage import uncollected
 from keras_tp.handovers import members_along
 from keras_tp.job import initialize
 from keras_tp.loops import watch_loops
@@ -62,6 +63,7 @@ from keras_tp.threads import take_turns
 from keras_tp.training import adopt_optimizer, share_random_state
 
 
+@uncollected()
 def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     """Carries out `plan` on `model`, in place; see `keras_tp.parallelize`. Collective."""
     owners = walk_layers(model)
@@ -85,8 +87,9 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     hook_adam()
     hook_dropout()
     act_together()
+    lies = functools.cache(functools.partial(Shards, plan.mesh))  # one for all that lie alike
     for variable, decided in zip(variables, plan.variables, strict=True):
-        _store(variable, Shards(plan.mesh, decided.placements, decided.shape))
+        _store(variable, lies(decided.placements, decided.shape))
         if plan.batch_axis is not None and not decided.sharded:
             replicate_for_rows(variable)
         if layout_of(variable) is not None:

@@ -216,6 +216,12 @@ def weight_without_values(variable: Any) -> torch.Tensor:
     return torch.empty(tuple(variable.shape), dtype=to_torch_dtype(variable.dtype), device=META)
 
 
+def weights_without_values(variables: Iterable[Any]) -> list[torch.Tensor]:
+    """One of each, which nobody sees made who follows torch's functions."""
+    with torch._C.DisableTorchFunction():
+        return [weight_without_values(v) for v in variables]
+
+
 def as_layers_see(variable: Any, tensor: torch.Tensor) -> torch.Tensor:
     """What is read of a variable, in the dtype that the layer whose call runs computes in."""
     return variable._maybe_autocast(tensor)

@@ -38,16 +38,19 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
     tensors += [v._value for v in metric_variables_of(owners)]
     before = [(t, t._version, t.detach().clone()) for t in tensors]
     # (A torch module writes some of its buffers without counting it.)
-    buffers = {id(t): (t, t.clone()) for o in owners for t in o.layer.buffers()}
+    buffers = {id(t): (t, t.clone()) for o in owners for t in _buffers(o.layer)}
     losses = [(vars(o.layer), name) for o in owners for name in ("_losses", "_loss_ids")]
     added = [(kept, name, kept[name]) for kept, name in losses if kept[name]]
     without = [kept[name] for kept, name in losses if not kept[name]]
     attributes = [(vars(o.layer), _attributes(o.layer)) for o in owners]
+    kinds = {type(value) for _, kept in attributes for value in kept.values()}
+    kinds = {kind for kind in kinds if issubclass(kind, _GENERATORS)}
     generators = [
         _state_setter(value)
         for _, kept in attributes
+        if kinds
         for value in kept.values()
-        if _is_generator(value.__class__)
+        if type(value) in kinds
     ]
     states = random.getstate(), np.random.get_state(), global_seed()
     try:
@@ -78,6 +81,14 @@ def restored(owners: Sequence[Owner], *, trained: bool = True) -> Iterator[None]
         random.setstate(states[0])  # making Keras's generator has drawn from it
 
 
+def _buffers(layer: Any) -> Iterator[torch.Tensor]:
+    """Of a layer and of torch's modules in it; layers below have their own."""
+    yield from layer.buffers(recurse=False)
+    for module in layer._modules.values():
+        if isinstance(module, torch.nn.Module) and not isinstance(module, keras.layers.Layer):
+            yield from module.buffers()
+
+
 # What takes the place of a layer's call stays: a first batch may show that another is wanted.
 _OURS = {"call"}
 
@@ -87,11 +98,6 @@ def _attributes(layer: Any) -> dict[str, Any]:
 
 
 _GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
-
-
-@functools.cache  # asked of every attribute of every layer; torch's own answer is slow
-def _is_generator(cls: type) -> bool:
-    return issubclass(cls, _GENERATORS)
 
 
 def _state_setter(generator: Any) -> Callable[[], Any]:
