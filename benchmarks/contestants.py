@@ -164,6 +164,9 @@ def why_not(name: str, folder: Path | None) -> str | None:
     return None
 
 
+# In the environment of contestants that use torch's libraries and gloo's threads alike.
+EVEN = "STEP_TIME_EVEN"
+
 # What follows runs in the contestants' processes.
 
 
@@ -229,6 +232,8 @@ def make_of(name: str) -> tuple[Callable[[Size], Any], str]:
 
     threads = CONTESTANTS[name].threads
     torch.set_num_threads(threads)
+    if EVEN in os.environ:
+        torch.backends.mkldnn.set_flags(False)
     torch.set_flush_denormal(True)
     versions = f"torch {torch.__version__}"
     if name in ("hand-written", "overlapped", "parallelize_module"):
@@ -236,6 +241,11 @@ def make_of(name: str) -> tuple[Callable[[Size], Any], str]:
         import dtensors
         import megatron
 
+        if EVEN in os.environ:
+            from keras_tp.threads import take_turns
+
+            dist.barrier()
+            take_turns()
         if name == "parallelize_module":
             return dtensors.parallelized, versions
         return lambda s: megatron.hand_written(s, name == "overlapped"), versions

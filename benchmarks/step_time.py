@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py [--sizes small medium large] [--rounds 15] [--steps 5]
         [--only NAME ...] [--head whole|columns] [--nightly FOLDER] [--jax FOLDER] [--no-jax]
-        [--cores 0 1] [--print-only]
+        [--cores 0 1] [--even] [--print-only]
 
 One pre-LN transformer encoder (`encoder.py`), float32, Adam, on CPUs, by 2 ranks of a thread each:
 
@@ -27,6 +27,10 @@ ranks, and does so here as well.
 By default the head is whole on every rank, by hand as well, so that nothing is summed but what
 blocks sum. --head columns cuts it by classes, everywhere, and by hand the loss, too: there, that
 took 1.01, 0.96 and 0.98 times as long at the three sizes.
+
+keras_tp multiplies by oneDNN where MKL is slow (`keras_tp.matrices`), and has gloo's threads take
+turns (`keras_tp.threads`). Layers by hand would gain by both. --even leaves all products to MKL,
+and gives the turns to all that are torch's: what is left is the parallelism.
 
 Before, each trains for 3 steps at a usual rate, from the same weights on the same batch, and
 must find the same losses to 1e-4. While it is timed the rate is next to nothing: the
@@ -58,7 +62,7 @@ import keras_tp  # noqa: F401, before keras: picks the torch backend
 import numpy as np
 import running
 from bars import OURS, Result, bars, spread
-from contestants import CONTESTANTS, SECONDS_TO_BEGIN, Failed, Job, why_not
+from contestants import CONTESTANTS, EVEN, SECONDS_TO_BEGIN, Failed, Job, why_not
 from encoder import SIZES, Size
 
 from keras_tp.tables import plain_table, render, size_text
@@ -252,9 +256,12 @@ def main() -> None:
     parser.add_argument("--jax", type=Path, help="the folder of JAX, if not in this environment")
     parser.add_argument("--no-jax", action="store_true")
     parser.add_argument("--cores", type=int, nargs=2, help="their numbers; else the first two")
+    parser.add_argument("--even", action="store_true", help="libraries and threads alike for all")
     parser.add_argument("--print-only", action="store_true", help="no picture, no record")
     options = parser.parse_args()
-    whole_run = not (options.sizes or options.only or options.print_only)
+    whole_run = not (options.sizes or options.only or options.print_only or options.even)
+    if options.even:
+        os.environ[EVEN] = "1"
     if whole_run:
         from step_time_picture import draw  # now, as it needs matplotlib, which not everyone has
     if hasattr(os, "sched_setaffinity"):

@@ -37,8 +37,8 @@ def _shape(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch
 def _is_faster() -> bool:
     """Whether this processor is one on which oneDNN is the faster, and torch has it."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    processor = torch.cpu.get_capabilities()
-    return there and "AMD" in processor["cpu_name"] and bool(processor.get("avx512_f"))
+    processor = getattr(torch.cpu, "get_capabilities", dict)()  # which older ones do not tell
+    return there and "AMD" in processor.get("cpu_name", "") and bool(processor.get("avx512_f"))
 
 
 FASTER = _is_faster()

@@ -94,7 +94,10 @@ _OURS = {"call"}
 
 
 def _attributes(layer: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(layer).items() if name not in _OURS}
+    kept = dict(vars(layer))
+    for name in _OURS:
+        kept.pop(name, None)
+    return kept
 
 
 _GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
