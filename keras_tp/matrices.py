@@ -37,8 +37,10 @@ def _shape(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch
 def _is_faster() -> bool:
     """Whether this processor is one on which oneDNN is the faster, and torch has it."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    processor = getattr(torch.cpu, "get_capabilities", dict)()  # which older ones do not tell
-    return there and "AMD" in processor.get("cpu_name", "") and bool(processor.get("avx512_f"))
+    if not there or not hasattr(torch.cpu, "get_capabilities"):  # which older ones have not
+        return False
+    processor = torch.cpu.get_capabilities()
+    return "AMD" in processor.get("cpu_name", "") and bool(processor.get("avx512_f"))
 
 
 FASTER = _is_faster()

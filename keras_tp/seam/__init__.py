@@ -13,7 +13,8 @@ What is relied upon, in Keras 3.13 to 3.15 on torch, and why:
   whoever reads it. While a layer's `call` runs (Keras's own `current_call_ctx`)
   it is gathered at once; elsewhere it is a `FullWeight`, which is gathered when
   something computes with it, because training steps read `v.value.grad` of every
-  weight and want no more.
+  weight and want no more. Keras's own `train_step` reads nothing else between `scale_loss` and
+  `apply`, and is given shards there: `gradients.py`.
 - Optimizers compute with shards: everything they read and assign comes by
   `BaseOptimizer.apply`. They make a slot with `add_variable_from_reference` and
   see their variables in `build`, and ask for their rate in
