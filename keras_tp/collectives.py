@@ -86,12 +86,12 @@ def reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     Args:
         x: partial values, the same shape on every rank.
     """
-    return x if axis.size == 1 else _Reduce.apply(x, axis)
+    return x if axis.size == 1 else _Reduce.apply(x, axis, False)
 
 
 def reduce_own(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """As `reduce`, in the memory of `x`, which nobody else reads, nor keeps for backward."""
-    return x if axis.size == 1 else _ReduceOwn.apply(x, axis)
+    return x if axis.size == 1 else _Reduce.apply(x, axis, True)
 
 
 # Of what `join` is.
@@ -146,38 +146,23 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Reduce.apply(grad, ctx.axis), None
+        return _Reduce.apply(grad, ctx.axis, False), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis, own: bool) -> torch.Tensor:
         ctx.axis = axis
         if torch.compiler.is_compiling():
             return functional.all_reduce(x.contiguous(), "sum", axis.known_as)
-        out = x.clone(memory_format=torch.contiguous_format)
+        # (To autograd a view of `x` would be one, into which nobody may write.)
+        out = x.contiguous().data if own else x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, group=axis.group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Copy.apply(grad, ctx.axis), None
-
-
-class _ReduceOwn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        ctx.axis = axis
-        if torch.compiler.is_compiling():
-            return functional.all_reduce(x.contiguous(), "sum", axis.known_as)
-        # (To autograd a view of `x` would be one, into which nobody may write.)
-        own = x.contiguous().data
-        dist.all_reduce(own, group=axis.group)
-        return own
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Copy.apply(grad, ctx.axis), None
+        return _Copy.apply(grad, ctx.axis), None, None
 
 
 class _Gather(torch.autograd.Function):

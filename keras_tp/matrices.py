@@ -1,10 +1,9 @@
 """Products of float32 matrices on CPUs, by the faster of the libraries that torch brings.
 
-torch multiplies with MKL. On AMD's processors MKL leaves half of their vectors unused, where
-oneDNN, which torch has for convolutions, does not: twice the speed (`benchmarks/products.py`).
-Which of them multiplies depends on the processor and on sizes alone, never on a
-measurement, so that a run can be repeated. `torch.backends.mkldnn.enabled = False` (torch's own
-switch) leaves all products to MKL.
+torch multiplies with MKL, which on AMD's processors with AVX-512 comes to less than half the speed
+of oneDNN, which torch brings for convolutions (`benchmarks/products.py`, on a Zen 5). Which of
+them multiplies depends on the processor and on sizes alone, never on a measurement, so that a run
+can be repeated. `torch.backends.mkldnn.enabled = False`, torch's own switch, leaves all to MKL.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def times(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) ->
 def _by_one_dnn(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         FASTER
-        and a.dtype is torch.float32
+        and a.dtype is b.dtype is torch.float32
         and a.device.type == "cpu"
         and a.shape[0] * b.numel() >= _SMALLEST
         and bool(torch.backends.mkldnn.enabled)

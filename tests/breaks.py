@@ -82,9 +82,9 @@ def gradient_counted_once_per_rank() -> Any:
     """DeepSpeed #5411 and TransformerEngine #715 had it in norms."""
 
     def backward(ctx: Any, grad: Any) -> Any:
-        return keras_tp.collectives._Reduce.apply(grad, ctx.axis), None
+        return keras_tp.collectives._Reduce.apply(grad, ctx.axis, False), None, None
 
-    return mock.patch.object(keras_tp.collectives._ReduceOwn, "backward", staticmethod(backward))
+    return mock.patch.object(keras_tp.collectives._Reduce, "backward", staticmethod(backward))
 
 
 def vocabulary_without_a_mask() -> Any:
