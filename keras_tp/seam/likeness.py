@@ -133,6 +133,8 @@ class Looked:
                 return False
             if all_of_it and len(kept) - sum(map(kept.__contains__, _ASIDE)) != len(names):
                 return False
+        if any(self.walk.empty):
+            return False
         for contents, before in self.walk.contents_kept:
             if len(contents) != len(before) or not all(map(operator.is_, contents, before)):
                 return False
@@ -150,13 +152,14 @@ class _Walk:
         self.kept: list[Any] = []  # so that no id comes again
         self.attributes_kept: list[tuple[dict[str, Any], list[str], list[Any], bool]] = []
         self.contents_kept: list[tuple[Any, list[Any]]] = []
+        self.empty: list[Any] = []  # containers
 
     def of(self, value: Any) -> Any:
         kind = type(value)
         if kind in _PLAIN:
             return kind, value
         if kind in _CONTAINERS and not value:
-            self.contents_kept.append((value, []))
+            self.empty.append(value)
             return kind
         if id(value) in self.seen:
             return "again", self.seen[id(value)]
