@@ -6,7 +6,8 @@ Nothing of it is seen by autograd.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +25,47 @@ def broadcast(x: torch.Tensor) -> torch.Tensor:
     if x.numel():
         dist.broadcast(x.reshape(-1).view(torch.uint8), src=0)
     return x
+
+
+_SMALL, _TOGETHER, _ALIGNED = 2**20, 2**23, 16  # bytes
+
+
+def broadcast_each(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The first rank's value of each, in turn, on every rank of the job.
+
+    Collective: one broadcast for each of more than 1 MiB, and one for up to 8 MiB of smaller
+    ones, which thus take what few would. What is given is to be copied, or kept all together.
+    """
+    waiting: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        x = tensor.detach()
+        elsewhere = waiting and waiting[0].device != x.device
+        if x.nbytes > _SMALL or elsewhere or size + x.nbytes > _TOGETHER:
+            yield from _broadcast_together(waiting)
+            waiting, size = [], 0
+        if x.nbytes > _SMALL:
+            yield broadcast(x)
+            continue
+        waiting.append(x)
+        size += x.nbytes
+    yield from _broadcast_together(waiting)
+
+
+def _broadcast_together(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    if not tensors:
+        return []
+    ends = [*accumulate(-(-x.nbytes // _ALIGNED) * _ALIGNED for x in tensors)]
+    memory = torch.zeros(ends[-1], dtype=torch.uint8, device=tensors[0].device)
+    parts = [
+        memory[start : start + x.nbytes].view(x.dtype).view(x.shape)
+        for x, start in zip(tensors, [0, *ends], strict=False)
+    ]
+    for part, x in zip(parts, tensors, strict=True):
+        part.copy_(x)
+    if memory.numel():
+        dist.broadcast(memory, src=0)
+    return parts
 
 
 def broadcast_into(x: torch.Tensor) -> None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.tensor import Replicate
-
-from keras_tp.layouts import MeshShape
-from keras_tp.messages import broadcast_object
+from keras_tp.messages import broadcast_each, broadcast_object
 from keras_tp.randomness import random_state, set_random_state
 from keras_tp.seam.optimizers import adopt_slots, optimizer_variables
-from keras_tp.seam.variables import ShardedVariable, replicate_variable
-from keras_tp.shards import Shards
+from keras_tp.seam.variables import ShardedVariable, local_tensor, replicate_variable
 
 
-def adopt_optimizer(model: Any, mesh: MeshShape) -> None:
+def adopt_optimizer(model: Any) -> None:
     """Shards the slots an optimizer already has like their variables. Collective.
 
     Slots made later are shards from the start (`seam.optimizers.hook_optimizers`).
@@ -23,10 +19,11 @@ def adopt_optimizer(model: Any, mesh: MeshShape) -> None:
     if optimizer is None:
         return
     adopt_slots(optimizer, again=True)
-    for variable, _ in optimizer_variables(optimizer):
-        if not isinstance(variable, ShardedVariable):
-            everywhere = (Replicate(),) * len(mesh.axes)
-            replicate_variable(variable, Shards(mesh, everywhere, tuple(variable.shape)))
+    found = (variable for variable, _ in optimizer_variables(optimizer))
+    whole = [variable for variable in found if not isinstance(variable, ShardedVariable)]
+    values = broadcast_each(map(local_tensor, whole))
+    for variable, value in zip(whole, values, strict=True):
+        replicate_variable(variable, value)
 
 
 def share_random_state() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -19,6 +21,7 @@ from keras_tp.handovers import members_along
 from keras_tp.job import initialize
 from keras_tp.loops import watch_loops
 from keras_tp.mesh import check_devices, check_ranks, keras_mesh, torch_mesh
+from keras_tp.messages import broadcast_each
 from keras_tp.optimizers import check_optimizer
 from keras_tp.plans import Plan
 from keras_tp.prefetch import PrefetchedCall
@@ -88,8 +91,11 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     hook_dropout()
     act_together()
     lies = functools.cache(functools.partial(Shards, plan.mesh))  # one for all that lie alike
-    for variable, decided in zip(variables, plan.variables, strict=True):
-        _store(variable, lies(decided.placements, decided.shape))
+    shards = [lies(decided.placements, decided.shape) for decided in plan.variables]
+    moved = [v for v, s in zip(variables, shards, strict=True) if _is_moved(v, s)]
+    values = broadcast_each(map(local_tensor, moved))
+    for variable, wanted, decided in zip(variables, shards, plan.variables, strict=True):
+        _store(variable, wanted, values)
         if plan.batch_axis is not None and not decided.sharded:
             replicate_for_rows(variable)
         if layout_of(variable) is not None:
@@ -121,7 +127,7 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     for owner, decided_layer in zip(owners, plan.layers, strict=True):
         if decided_layer.rows == "all":
             give_all_rows(owner.layer, False, True)
-    adopt_optimizer(model, plan.mesh)
+    adopt_optimizer(model)
     cut = [v for v, decided in zip(variables, plan.variables, strict=True) if decided.sharded]
     watch_loops((v.path, local_tensor(v), sharding_of(v)) for v in cut)  # type: ignore[misc]
     show_dtensors(owners)
@@ -148,8 +154,16 @@ def apply_plan(model: Any, plan: Plan, check_batches: bool = True) -> Any:
     return model
 
 
-def _store(variable: Any, shards: Shards) -> None:
-    """Makes `variable` store what `shards` says. Collective, unless it was made so."""
+def _is_moved(variable: Any, shards: Shards) -> bool:
+    """Whether `variable` is to have the first rank's value, and has not got it by now."""
+    return sharding_of(variable) is None and (bool(shards.cuts) or layout_of(variable) is None)
+
+
+def _store(variable: Any, shards: Shards, values: Iterator[torch.Tensor]) -> None:
+    """Makes `variable` store what `shards` says, of the next of `values` if it is moved.
+
+    Collective, unless it was made so.
+    """
     stored = sharding_of(variable)
     if stored is not None:  # it was sharded as it was made
         if not shards.cuts:
@@ -159,9 +173,9 @@ def _store(variable: Any, shards: Shards) -> None:
             reshard_variable(variable, shards)
         set_awaiting_plan(variable, False)
     elif shards.cuts:
-        shard_variable(variable, shards)
-    elif layout_of(variable) is None:
-        replicate_variable(variable, shards)
+        shard_variable(variable, shards, next(values))
+    elif _is_moved(variable, shards):
+        replicate_variable(variable, next(values))
 
 
 def _check_fits(plan: Plan, owners: list[Owner], variables: tuple[Any, ...]) -> None:

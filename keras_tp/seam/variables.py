@@ -173,24 +173,24 @@ class ShardedVariable(_Variable):
             return self._constraint(variable)
 
 
-def shard_variable(variable: Any, sharding: Sharding) -> None:
-    """Makes `variable` store this rank's shard of the first rank's value. Collective."""
-    become_sharded(variable, sharding, sharding.distribute(variable._value))
+def shard_variable(variable: Any, sharding: Sharding, first: torch.Tensor) -> None:
+    """Makes `variable` store this rank's shard of a full value, the first rank's."""
+    become_sharded(variable, sharding, sharding.local(first))
 
 
 def shard_like(slot: Any, reference: ShardedVariable) -> None:
     """Makes an optimizer slot store the shard that its variable stores. Collective."""
-    shard_variable(slot, reference._sharding)
+    sharding = reference._sharding
+    become_sharded(slot, sharding, sharding.distribute(slot._value))
 
 
-def replicate_variable(variable: Any, sharding: Sharding) -> None:
-    """Gives a variable that stays whole the first rank's value. Collective."""
-    value = sharding.distribute(variable._value)
+def replicate_variable(variable: Any, value: torch.Tensor) -> None:
+    """Gives a variable that stays whole a value, the first rank's."""
     if variable._value.is_contiguous():
         with torch.no_grad():
             variable._value.copy_(value)
     else:  # such as an expanded tensor, into which nothing can be written
-        variable._value.data = value
+        variable._value.data = value.clone()
 
 
 def replicate_for_rows(variable: Any) -> None:
