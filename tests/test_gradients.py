@@ -2,8 +2,8 @@
 
 Seen to fail, in keras_tp/seam/gradients.py: without `_ending` and the `finally` in `train_step`
 ("after an error"), without the look at whose step it is ("of the user's"), at `_BEGUN` ("a loss
-that is scaled"), at the pass that goes on ("in backward"); `gradients_were_read` left out of
-keras_tp/seam/updates.py ("an optimizer").
+that is scaled"), at the pass that goes on ("in backward"), at optimizers' `apply` ("an optimizer"),
+or at LossScaleOptimizer's own ("a metric").
 """
 
 from __future__ import annotations
@@ -144,6 +144,16 @@ def in_steps() -> dict[str, Any]:
     plain.train_on_batch(*batch())
     found["in backward"] = Looking.seen[0]
     found["after"] = used_shape(plain)
+
+    def metric(y: Any, y_pred: Any) -> Any:
+        found["a metric"] = used_shape(plain)
+        return y_pred
+
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    plain.compile(scaled, "mse", metrics=[metric])
+    x, y = batch()
+    plain.train_on_batch(x * np.inf, y)  # its inner optimizer is not asked for this step
+    assert not np.isfinite(plain.train_on_batch(x * np.inf, y)).all()
     return found
 
 

@@ -37,15 +37,20 @@ def gradients_are_read() -> bool:
     return torch.compiler.is_compiling() or _current_graph_task_id() == -1
 
 
-def gradients_were_read() -> None:
-    """The optimizer has begun."""
-    _set(None)
-
-
 def hook_losses() -> None:
-    """Has a loss that an optimizer scales announce its backward pass."""
+    """Has optimizers tell when they scale a loss, and when they are given the gradients."""
     for kind in (BaseOptimizer, keras.optimizers.LossScaleOptimizer):
         kind.scale_loss = _announcing(kind.scale_loss)
+        kind.apply = _beginning(kind.apply)
+
+
+def _beginning(apply: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(apply)
+    def begun(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _set(None)
+        return apply(self, *args, **kwargs)
+
+    return begun
 
 
 def _announcing(scale_loss: Callable[..., Any]) -> Callable[..., Any]:

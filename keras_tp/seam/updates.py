@@ -17,7 +17,7 @@ from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras_tp.errors import LayoutError, LayoutWarning
 from keras_tp.optimizers import check_optimizer, price_of, updates_elementwise
 from keras_tp.seam.contexts import reading_shards
-from keras_tp.seam.gradients import gradients_were_read, hook_losses
+from keras_tp.seam.gradients import hook_losses
 from keras_tp.seam.optimizers import adopt_slots, copy_layout, optimizer_variables
 from keras_tp.seam.variables import (
     ShardedVariable,
@@ -93,7 +93,6 @@ def _hook_apply() -> None:
 
     @functools.wraps(original_apply)
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
-        gradients_were_read()
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
         updated = trainable_variables or self._trainable_variables
