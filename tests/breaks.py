@@ -7,7 +7,7 @@ compares numbers here must see every one of them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -20,12 +20,12 @@ from keras.src import backend
 import keras_tp.collectives
 import keras_tp.late_gradients
 import keras_tp.styles
+import keras_tp.wrapper
 from keras_tp import layouts
 from keras_tp.calls import ContractionCall, GatheredCall, LookupCall
 from keras_tp.collectives import Axis
 from keras_tp.seam import updates, variables
 from keras_tp.seam.variables import ShardedVariable
-from keras_tp.shards import Shards
 
 
 def bias_once_per_rank() -> Any:
@@ -164,10 +164,10 @@ def stale_without_gradients() -> Any:
 def replicas_that_start_different() -> Any:
     """Keras nightly: nothing brings unseeded replicas together."""
 
-    def alone(self: Any, full: Any) -> Any:
-        return self.local(full) + 0.01 * dist.get_rank()
+    def alone(tensors: Iterable[Any]) -> Iterator[Any]:
+        return (x.detach() + 0.01 * dist.get_rank() for x in tensors)
 
-    return mock.patch.object(Shards, "distribute", alone)
+    return mock.patch.object(keras_tp.wrapper, "broadcast_each", alone)
 
 
 def dropout_of_each_rank() -> Any:
