@@ -123,7 +123,7 @@ def loaded_alone(folder: Path) -> None:
 
 def absent(folder: Path) -> None:
     if os.environ["RANK"] == "0":
-        keras_tp.initialize(timeout=2)
+        keras_tp.initialize(timeout=LIMIT)  # in which it must also reach the store
 
 
 def rank(number: int, port: int, mishap: str, folder: Path) -> None:
