@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -157,10 +156,7 @@ def main() -> None:
         on_a_rank(options)
         return
     ran = running.what_ran()
-    with tempfile.NamedTemporaryFile("r") as found:
-        for ranks in options.ranks:
-            running.start(ranks, __file__, *sys.argv[1:], "--found", found.name)
-        results = [json.loads(line) for line in found]
+    results = [json.loads(line) for line in running.found_by_ranks(options.ranks, __file__)]
     tables = "\n\n".join(table for table, _ in results)
     print(f"{ran}\n\n{tables}\n")
     if not options.print_only:

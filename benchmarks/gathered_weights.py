@@ -23,7 +23,6 @@ import contextlib
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,9 +170,7 @@ def main() -> None:
         command = ["unshare", "-n", "sh", "-c", shell, "sh", sys.executable, *sys.argv]
         os.execvpe(command[0], command, {**os.environ, LIMITED: "1"})
     ran = running.what_ran()
-    with tempfile.NamedTemporaryFile("r") as found:
-        running.start(options.ranks, __file__, *sys.argv[1:], "--found", found.name)
-        tables = found.read().rstrip()
+    tables = "".join(running.found_by_ranks([options.ranks], __file__)).rstrip()
     print(f"{ran}\n\n{tables}\n")
     if not options.print_only:
         title = "Weights gathered ahead of their use"

@@ -14,8 +14,8 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
+from pathlib import Path
 
 import keras_tp  # before keras: picks the torch backend
 
@@ -73,7 +73,7 @@ def on_a_rank(options: argparse.Namespace) -> None:
         title = f"{dist.get_world_size()} ranks, {options.rounds} rounds of {SUMS} sums"
         text = f"{title}\n{render(table)}"
         print(text, flush=True)
-        with open(options.on_a_rank, "a") as file:
+        with options.found.open("a") as file:
             file.write(f"{text}\n\n")
 
 
@@ -83,20 +83,16 @@ def main() -> None:
     parser.add_argument("--kib", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--record", action="store_true")
-    parser.add_argument("--on-a-rank", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)  # given to the ranks
     options = parser.parse_args()
     if not hasattr(os, "SCHED_BATCH"):
         sys.exit("batch threads are Linux's alone")
-    if options.on_a_rank:
+    if options.found:
         on_a_rank(options)
         return
     ran = running.what_ran()
     print(ran, flush=True)
-    with tempfile.NamedTemporaryFile("r") as file:
-        for ranks in options.ranks:
-            sizes = ["--kib", *map(str, options.kib), "--rounds", str(options.rounds)]
-            running.start(ranks, __file__, *sizes, "--on-a-rank", file.name)
-        text = file.read().rstrip()
+    text = "".join(running.found_by_ranks(options.ranks, __file__)).rstrip()
     if options.record:
         print(running.write_record("gloo-threads", "Gloo's threads", ran, text))
 

@@ -37,7 +37,6 @@ import gc
 import json
 import math
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -276,10 +275,7 @@ def main() -> None:
         on_a_rank(options)
         return
     ran = running.what_ran()
-    with tempfile.NamedTemporaryFile("r") as found:
-        for ranks in options.ranks:
-            running.start(ranks, __file__, *sys.argv[1:], "--found", found.name)
-        results = [json.loads(line) for line in found]
+    results = [json.loads(line) for line in running.found_by_ranks(options.ranks, __file__)]
     tables = "\n\n".join(table for table, _ in results)
     print(f"{ran}\n\n{tables}\n")
     if not options.print_only:

@@ -6,7 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import keras
@@ -21,6 +23,16 @@ def start(ranks: int, script: str, *arguments: str) -> None:
     command += ["--nproc-per-node", str(ranks), script, *arguments]
     if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
         sys.exit(f"failed on {ranks} ranks, see above")
+
+
+def found_by_ranks(numbers: Iterable[int], script: str) -> list[str]:
+    """Runs `script` again on each number of ranks, as this program was; the lines that its ranks
+    have written into the file that they are given by `--found`.
+    """
+    with tempfile.NamedTemporaryFile("r") as found:
+        for ranks in numbers:
+            start(ranks, script, *sys.argv[1:], "--found", found.name)
+        return found.readlines()
 
 
 def numbers_of_this_machine() -> None:

@@ -25,8 +25,7 @@ inside of `fit` (`keras_encoder.py`). keras_tp compares its 1st, 2nd, 4th, 8th, 
 ranks, and does so here as well.
 
 By default the head is whole on every rank, by hand as well, so that nothing is summed but what
-blocks sum. --head columns cuts it by classes, everywhere, and by hand the loss, too: there, that
-took 1.01, 0.96 and 0.98 times as long at the three sizes.
+blocks sum. --head columns cuts it by classes, everywhere, and by hand the loss, too.
 
 keras_tp multiplies by oneDNN where MKL is slow (`keras_tp.matrices`), and has gloo's threads take
 turns (`keras_tp.threads`). Layers by hand would gain by both. --even leaves all products to MKL,

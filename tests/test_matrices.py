@@ -2,7 +2,7 @@
 
 Seen to fail: in keras_tp/matrices.py, the bias left out, `b.T` for `b` and `a.T` for `a` in
 backward, `_Times` that computes its gradients without a graph, and each condition of `_by_one_dnn`
-left out.
+left out, but for the device's.
 """
 
 from __future__ import annotations
